@@ -35,6 +35,8 @@ def run(args, stdin=None, env=None, program=None, timeout=TIMEOUT, cwd=ROOT, lim
     if isinstance(stdin, str):
         stdin = stdin.encode()
     program = [program or RUN] if not isinstance(program, list) else program
+    if not shutil.which(program[0]):
+        raise AssertionError("there is no %s; `make` builds it" % program[0])
     return subprocess.run(program + [a if isinstance(a, bytes) else str(a) for a in args],
                           input=stdin if stdin is not None else b"", stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, env=variables, timeout=timeout, cwd=cwd, preexec_fn=limits)

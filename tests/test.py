@@ -8,7 +8,6 @@ skipped", where a compiler or an instruction set is missing). Exit status 1 if a
 import os
 import sys
 import time
-import traceback
 import unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -41,8 +40,7 @@ class Result(unittest.TestResult):
         if not self.spoiled:
             self.line(test, "FAIL")
         self.spoiled = True
-        text = "".join(traceback.format_exception(*err)) if not isinstance(err[1], AssertionError) \
-            else self._exc_info_to_string(err, test) if hasattr(test, "failureException") else str(err[1])
+        text = self._exc_info_to_string(err, test)
         self.bad.append((test, text))
 
     def addFailure(self, test, err):
