@@ -121,6 +121,13 @@ class Safetensors:
             begin, end = t["data_offsets"]
             self.tensors[name] = (t["dtype"], t["shape"], data[8 + length + begin:8 + length + end])
 
+    @staticmethod
+    def metadata_of(path):
+        """The metadata alone, of a file however large."""
+        with open(path, "rb") as f:
+            length = struct.unpack("<Q", f.read(8))[0]
+            return json.loads(f.read(length).decode()).get("__metadata__", {})
+
     def floats(self, name):
         """The values of an F32, F16 or BF16 tensor as a flat list."""
         dtype, _, data = self.tensors[name]
