@@ -4,8 +4,8 @@
     python3 tests/check_smollm2.py DATA [MODEL ...]
 
 DATA holds smollm2/reference.npz, reference.json and text/wikitext2-test.txt. Without MODEL:
-models/smollm2-135m-instruct.bin (`make smollm2`), and the same unpacked to float32, which this program writes to
-build/smollm2-f32.bin. A file whose matrices are all float32 runs with a float32 cache and must agree to
+models/smollm2-135m-instruct.bin (`make smollm2`), and the same unpacked to float32, which this program
+writes to build/smollm2-f32.bin. A file whose matrices are all float32 runs with a float32 cache and must agree to
 rounding; any other is judged as packed weights with 8-bit activations. The reference feeds no BOS.
 """
 import json
@@ -107,7 +107,8 @@ def perplexity_command(model, reference, info, data, nll):
         text = f.read().replace("\r\n", "\n")[:info["wikitext"]["text_chars"]]
     with open(scratch("smollm2", "wiki.txt"), "wb") as f:
         f.write(text.encode())
-    ids = json.loads(ok([model, "-m", "tokenize", "-f", scratch("smollm2", "wiki.txt"), "--json"]).decode())["ids"]
+    out = json.loads(ok([model, "-m", "tokenize", "-f", scratch("smollm2", "wiki.txt"), "--json"]).decode())
+    ids = out["ids"]
     check(ids == reference["wiki_ids"].tolist(), "%d tokens of wikitext" % len(ids))
     out = json.loads(ok([model, "-m", "perplexity", "-f", scratch("smollm2", "wiki.txt"), "-c", "1024",
                          "--json"]).decode())
@@ -135,8 +136,9 @@ def packed(model, reference, info, data):
         n, greedy = len(reference["p%d_ids" % k]), reference["p%d_greedy_ids" % k]
         different = lp[n - 1:n - 1 + len(greedy)].argmax(1) != greedy
         wrong, steps = wrong + different.sum(), steps + len(greedy)
+        margins = reference["p%d_greedy_margins" % k][different]
         print("     prompt %d: %d of %d greedy tokens differ, margins %s" % (
-            k, different.sum(), len(greedy), reference["p%d_greedy_margins" % k][different].round(3).tolist()))
+            k, different.sum(), len(greedy), margins.round(3).tolist()))
     check(wrong <= GREEDY * steps, "%d of %d teacher-forced greedy tokens differ (%.1f %%, allowed %.0f)" % (
         wrong, steps, 100 * wrong / steps, 100 * GREEDY))
     perplexity_command(model, reference, info, data, got)

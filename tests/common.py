@@ -1,6 +1,6 @@
-"""What the tests share: where things are, how to run a program, how to compile one, safetensors and GGML files.
+"""What the tests share: where things are, how to run a program, how to compile one, safetensors files.
 
-Everything that a test writes goes below BUILD, which git ignores. Standard library alone, Python 3.8 or newer.
+Everything that a test writes goes below BUILD, which git ignores. Standard library alone, Python 3.8+.
 """
 import hashlib
 import json
@@ -23,7 +23,7 @@ TIMEOUT = 600
 
 
 def run(args, stdin=None, env=None, program=None, timeout=TIMEOUT, cwd=ROOT, limits=None):
-    """Runs `program` (./run without one) and returns its CompletedProcess: returncode, stdout, stderr (bytes).
+    """Runs `program` (./run) and returns its CompletedProcess: returncode, stdout, stderr (bytes).
 
     stdin: bytes or str; without it the standard input is empty. env: variables to set beside the usual ones,
     None as a value removes one. limits: a function to call in the child, for resource.setrlimit."""
@@ -48,8 +48,8 @@ def ok(args, **kw):
     if p.returncode != 0:
         program = kw.get("program") or "./run"
         raise AssertionError("%s %s: exit status %d\n%s" % (
-            program if isinstance(program, str) else " ".join(program), " ".join(map(str, args)), p.returncode,
-            p.stderr.decode("utf-8", "replace")))
+            program if isinstance(program, str) else " ".join(program), " ".join(map(str, args)),
+            p.returncode, p.stderr.decode("utf-8", "replace")))
     return p.stdout
 
 
@@ -83,14 +83,13 @@ def build(name, sources, flags=(), cc=None):
     """Compiles a C program of the tests to build/NAME-HASH (command) and returns its path.
 
     Compiled again only when a source, or any .c or .h file at the top or in tests/, is newer. flags: put
-    after the defaults, so that they win. A missing compiler skips the test; an error of the compiler fails it."""
+    after the defaults, so that they win. A missing compiler skips the test, an error of it fails the test."""
     cc = compiler(cc)
     if cc is None:
         raise unittest.SkipTest("no C compiler")
     sources = [os.path.join(ROOT, s) for s in ([sources] if isinstance(sources, str) else sources)]
-    command = cc + ["-std=c11", "-O2", "-g", "-ffp-contract=off", "-I", ROOT, "-I", os.path.join(ROOT, "tests")]
-    command += list(flags) + sources
-    command += ["-lm", "-lpthread"]
+    command = cc + ["-std=c11", "-O2", "-g", "-ffp-contract=off", "-I" + ROOT]
+    command += list(flags) + sources + ["-lm", "-lpthread"]
     key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:10]
     out = os.path.join(BUILD, "%s-%s" % (name, key))
     os.makedirs(os.path.dirname(out), exist_ok=True)
@@ -100,7 +99,8 @@ def build(name, sources, flags=(), cc=None):
     if os.path.exists(out) and os.path.getmtime(out) >= max(map(os.path.getmtime, watched)):
         return out
     temporary = "%s.tmp-%d" % (out, os.getpid())
-    p = subprocess.run(command + ["-o", temporary], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    p = subprocess.run(command + ["-o", temporary], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                       cwd=ROOT)
     if p.returncode != 0:
         raise AssertionError("%s\n%s" % (" ".join(command), p.stdout.decode("utf-8", "replace")))
     os.replace(temporary, out)
@@ -138,7 +138,7 @@ class Safetensors:
 
 
 def write_safetensors(path, metadata, tensors):
-    """The plainest writer there is: {name: (dtype, shape, bytes)}, nothing padded but the header (to 8 bytes)."""
+    """The plainest writer there is: {name: (dtype, shape, bytes)}; only the header is padded, to 8 bytes."""
     header, at = {"__metadata__": {k: str(v) for k, v in metadata.items()}}, 0
     for name, (dtype, shape, data) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}

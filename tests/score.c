@@ -1,7 +1,7 @@
 /* score MODEL f16|f32 < REQUESTS: raw float32 logits after every token, for tests/check_smollm2.py.
 
-   A request is an int32 count and as many int32 ids, read from standard input; each begins with an empty
-   context, and its tokens are evaluated one at a time. Uses nothing but the public interface of run.c.  */
+   A request is an int32 count and as many int32 ids, read from standard input; each begins with an
+   empty context, and its tokens are evaluated one at a time. Only the public interface is used.  */
 
 #define RUN_LIBRARY
 #include "run.c"

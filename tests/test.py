@@ -27,7 +27,8 @@ class Result(unittest.TestResult):
         self.started, self.spoiled = time.time(), False
 
     def line(self, test, word):
-        area, name = type(test).__module__.replace("test_", "", 1), getattr(test, "_testMethodName", str(test))
+        area = type(test).__module__.replace("test_", "", 1)
+        name = getattr(test, "_testMethodName", str(test))
         seconds = time.time() - getattr(self, "started", time.time())
         print("%-4s %-12s %-58s %6.2f s" % (word, area, name.replace("test_", "", 1), seconds), flush=True)
 

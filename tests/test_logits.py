@@ -1,4 +1,4 @@
-"""Logits of small random models of every architecture against torch's in float32, stored by make_models.py."""
+"""Logits of small random models of every architecture against torch's in float32 (make_models.py)."""
 import json
 import os
 import struct

@@ -16,8 +16,8 @@ from common import FIXTURES, Safetensors, f32, ok, run, scratch, write_safetenso
 EXACT = {"Q4_0": "q4", "Q4_1": "q4a", "Q8_0": "q8"}
 BLOCK_BYTES = {"q4": 576, "q4a": 640, "q8": 1088}  # 16 rows x 64 columns
 # root mean square of what packing adds to a group of 32, relative to the root mean square of the group:
-# the median and the worst group. q4a keeps Q4_K's grid and rounds its scales to halves; 8 bits carry the 5 and
-# 6 bit types; 2 and 3 bit types have two scales in a group.
+# the median and the worst group. q4a keeps Q4_K's grid and rounds its scales to halves; 8 bits carry the
+# 5 and 6 bit types; 2 and 3 bit types have two scales in a group.
 ADDED = {"Q5_0": (0.004, 0.01), "Q5_1": (0.004, 0.02), "Q4_K": (0.0005, 0.05), "Q5_K": (0.004, 0.02),
          "Q6_K": (0.005, 0.015), "IQ4_NL": (0.004, 0.012), "IQ4_XS": (0.004, 0.012),
          "Q2_K": (0.03, 0.2), "Q3_K": (0.03, 0.2)}
@@ -41,8 +41,8 @@ def to_half(x):
 def unpack(kind, rows, columns, data):
     """Rows of values of a packed matrix.
 
-    Strips of 16 rows one after another, in a strip blocks of 64 columns. A block: lines of 64 bytes, then halves
-    d[group][row] for its two groups of 32 columns, then for q4a m[group][row].
+    Strips of 16 rows one after another, in a strip blocks of 64 columns. A block: lines of 64 bytes, then
+    halves d[group][row] for its two groups of 32 columns, then for q4a m[group][row].
     Line j, byte 4r + c. q4, q4a: group g = j / 4, i = j % 4: low nibble row r, column 32g + 8i + c; high
     nibble column 32g + 8i + 4 + c. q8: row r, column 4j + c, signed."""
     strips, blocks, size = -(-rows // 16), -(-columns // 64), BLOCK_BYTES[kind]
@@ -56,7 +56,9 @@ def unpack(kind, rows, columns, data):
             for r in range(16):
                 row = out[16 * s + r]
                 d = [half(data, at + 64 * lines + 32 * g + 2 * r) for g in (0, 1)]
-                m = [half(data, at + 64 * lines + 64 + 32 * g + 2 * r) for g in (0, 1)] if kind == "q4a" else None
+                m = None
+                if kind == "q4a":
+                    m = [half(data, at + 64 * lines + 64 + 32 * g + 2 * r) for g in (0, 1)]
                 for j in range(lines):
                     for c in range(4):
                         byte = data[at + 64 * j + 4 * r + c]
@@ -185,7 +187,7 @@ class Import(unittest.TestCase):
         self.assertIn(b"quantize", p.stderr)
 
     def test_llama2c_int8(self):
-        """runq.c's blocks: all int8 values, then a float32 scale for every group, groups running along rows."""
+        """runq.c's blocks: all int8 values, then a float32 scale for every group along the rows."""
         rng = random.Random(5)
         for size in (32, 64, 16):
             rows, columns = 19, 192
@@ -230,10 +232,10 @@ class Floats(unittest.TestCase):
     """From floats to q4, q4a, q8, f16, bf16."""
 
     def weights(self, rows, columns, seed):
-        """Rows of different kinds: normal, heavy tails, one outlier, one sign, constant, zeros, tiny, large."""
+        """Rows of different kinds: normal, heavy tails, outliers, one sign, constant, zeros, tiny, large."""
         rng = random.Random(seed)
-        kinds = [lambda: rng.gauss(0, 0.05), lambda: rng.gauss(0, 0.05) ** 3 * 100, lambda: rng.uniform(0.5, 0.7),
-                 lambda: -0.3, lambda: 0.0, lambda: rng.gauss(0, 1e-5), lambda: rng.gauss(0, 3000.0),
+        kinds = [lambda: rng.gauss(0, 0.05), lambda: rng.gauss(0, 0.05) ** 3 * 100,
+                 lambda: rng.uniform(0.5, 0.7), lambda: -0.3, lambda: 0.0, lambda: rng.gauss(0, 1e-5), lambda: rng.gauss(0, 3000.0),
                  lambda: rng.choice([-1.0, 1.0]) * rng.uniform(0.01, 0.02)]
         out = []
         for r in range(rows):
@@ -302,9 +304,10 @@ class Floats(unittest.TestCase):
 
     def test_f16_and_bf16(self):
         rng = random.Random(2)
-        values = [0.0, -0.0, 1.0, 65504.0, -65504.0, 65519.0, 6e-8, 2.9e-8, -3.1e-8, 6.1e-5, 6.09e-5, 1.0009765625,
-                  1.00048828125, 1.00146484375, 2049.0, 2051.0, 1.00390625, 1.01171875, 1e-20, -3e30]
-        values += [struct.unpack("<f", struct.pack("<I", rng.getrandbits(32) & 0xBF7FFFFF))[0] for _ in range(300)]
+        values = [0.0, -0.0, 1.0, 65504.0, -65504.0, 65519.0, 6e-8, 2.9e-8, -3.1e-8, 6.1e-5, 6.09e-5,
+                  1.0009765625, 1.00048828125, 1.00146484375, 2049.0, 2051.0, 1.00390625, 1.01171875, 1e-20, -3e30]
+        values += [struct.unpack("<f", struct.pack("<I", rng.getrandbits(32) & 0xBF7FFFFF))[0]
+                   for _ in range(300)]
         values += [rng.gauss(0, 1) for _ in range(192)]
         values = [single(v) for v in values]
         path = model(scratch("pack", "halves.bin"), 64, {MATRIX: ("F32", (8, 64), f32(values), {})}, rows=8)

@@ -11,9 +11,12 @@ with open(os.path.join(FIXTURES, "stories260K.json")) as _f:
 
 class Text(unittest.TestCase):
 
+    def output(self, case, *more):
+        return ok([STORIES, "-m", "generate", "-t", "0", "-n", case["tokens"], "-i", case["prompt"]] +
+                  list(more)).decode("utf-8")
+
     def generate(self, case, *more):
-        out = ok([STORIES, "-m", "generate", "-t", "0", "-n", case["tokens"], "-i", case["prompt"]] + list(more))
-        text = out.decode("utf-8")
+        text = self.output(case, *more)
         return text[:-1] if text.endswith("\n") and not case["text"].endswith("\n") else text
 
     def check(self, *more):
@@ -28,8 +31,7 @@ class Text(unittest.TestCase):
 
     def test_ids_of_the_prompt(self):
         for case in CASES:
-            out = json.loads(ok([STORIES, "-m", "generate", "-t", "0", "-n", case["tokens"], "-i", case["prompt"],
-                                 "--json"]).decode())
+            out = json.loads(self.output(case, "--json"))
             self.assertEqual(out["prompt_ids"], case["prompt_ids"])
             self.assertEqual(len(out["ids"]), case["tokens"])
             self.assertEqual(out["stop"], "length")
