@@ -5,8 +5,8 @@
 
 DATA holds smollm2/reference.npz, reference.json and text/wikitext2-test.txt. Without MODEL:
 models/smollm2-135m-instruct.bin (`make smollm2`), and the same unpacked to float32, which this program
-writes to build/smollm2-f32.bin. A file whose matrices are all float32 runs with a float32 cache and must agree to
-rounding; any other is judged as packed weights with 8-bit activations. The reference feeds no BOS.
+writes to build/smollm2-f32.bin. A file whose matrices are all float32 runs with a float32 cache and must
+agree to rounding; any other is judged as packed weights with 8-bit activations. The reference feeds no BOS.
 """
 import json
 import os

@@ -235,7 +235,8 @@ class Floats(unittest.TestCase):
         """Rows of different kinds: normal, heavy tails, outliers, one sign, constant, zeros, tiny, large."""
         rng = random.Random(seed)
         kinds = [lambda: rng.gauss(0, 0.05), lambda: rng.gauss(0, 0.05) ** 3 * 100,
-                 lambda: rng.uniform(0.5, 0.7), lambda: -0.3, lambda: 0.0, lambda: rng.gauss(0, 1e-5), lambda: rng.gauss(0, 3000.0),
+                 lambda: rng.uniform(0.5, 0.7), lambda: -0.3, lambda: 0.0,
+                 lambda: rng.gauss(0, 1e-5), lambda: rng.gauss(0, 3000.0),
                  lambda: rng.choice([-1.0, 1.0]) * rng.uniform(0.01, 0.02)]
         out = []
         for r in range(rows):
@@ -305,7 +306,8 @@ class Floats(unittest.TestCase):
     def test_f16_and_bf16(self):
         rng = random.Random(2)
         values = [0.0, -0.0, 1.0, 65504.0, -65504.0, 65519.0, 6e-8, 2.9e-8, -3.1e-8, 6.1e-5, 6.09e-5,
-                  1.0009765625, 1.00048828125, 1.00146484375, 2049.0, 2051.0, 1.00390625, 1.01171875, 1e-20, -3e30]
+                  1.0009765625, 1.00048828125, 1.00146484375, 2049.0, 2051.0, 1.00390625,
+                  1.01171875, 1e-20, -3e30]
         values += [struct.unpack("<f", struct.pack("<I", rng.getrandbits(32) & 0xBF7FFFFF))[0]
                    for _ in range(300)]
         values += [rng.gauss(0, 1) for _ in range(192)]
