@@ -139,6 +139,7 @@ class Safetensors:
 
 def write_safetensors(path, metadata, tensors):
     """The plainest writer there is: {name: (dtype, shape, bytes)}; only the header is padded, to 8 bytes."""
+    tensors = dict(sorted(tensors.items(), key=lambda t: t[1][0] == "U8"))  # so that floats lie aligned
     header, at = {"__metadata__": {k: str(v) for k, v in metadata.items()}}, 0
     for name, (dtype, shape, data) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
