@@ -1,0 +1,5310 @@
+/* run.c - runs a language model on a CPU. One C file; libc, libm and threads.
+
+       ./run MODEL                        chat if the file has a chat format, else generate
+       ./run MODEL -i "Once upon a time"  continue a text (or answer one question, in chat)
+       ./run -h                           all modes and options
+
+   A model file is a safetensors file: weights, configuration, tokenizer and chat format in one,
+   mapped into memory and used in place. export.py makes one from Hugging Face folders, GGUF and
+   llama2.c files.
+
+   To embed it: #define RUN_LIBRARY and #include "run.c"; or compile run.c with -DRUN_LIBRARY
+   into an object of its own and include it with RUN_DECLARATIONS for the declarations alone.
+
+   The map (search for "== NAME"):
+
+     == DECLARATIONS     the public interface: a model, a session, and what one does with them
+     == MODEL            the container (safetensors), the configuration, the weights
+     == TRANSFORMER      arithmetic, reference kernels, threads, the cache, forward()
+     == SAMPLING         from logits to a token; random numbers; log-probabilities
+     == DRAFTING         generate: the loop that draws, emits and stops
+     == PACKING          making model files: raw blocks and floats into packed matrices
+     == SPEED            the same kernels for vector instructions, compiled once per set
+     == PROGRAM          the command line: modes, options, output
+
+   Letters used for shapes, everywhere:
+
+     n      rows of one forward pass: tokens, each with a session and a position
+     dim    width of the residual stream          hidden  width of the feed-forward layer
+     heads  query heads                           kv      key/value heads (heads % kv == 0)
+     hd     width of one head                     vocab   number of tokens
+
+   The promise behind the arithmetic: the same bytes everywhere. The output is a function of the
+   model file, token ids, seed, sampling settings, cache type and context size, and of nothing
+   else - not of threads, chunking or instruction set. Rules that make it so, cited as [N1]..[N6]:
+
+   [N1] Work is split across rows, heads and tokens, never along a sum.
+   [N2] Packed matrices: groups of 32 columns ascending; inside a group the sum is an exact
+        integer; then acc = fma(isum, d * xs, acc), with a minimum also acc = fma(m, t, acc).
+   [N3] Float sums: sixteen partial sums, element k into sum k mod 16, then one tree (8-4-2-1).
+        Lanes past the end of a row are left untouched.
+   [N4] Attention: blocks of 64 absolute positions, merged in ascending order; a score is one fma
+        chain over hd, an output one fma chain over positions; what is invisible does not enter.
+   [N5] exp, log, tanh, erf, sin, cos are ours; no estimates, no contraction by the compiler.
+   [N6] Activations become int8 per row and group of 32, whatever else is in the batch.      */
+
+#ifndef RUN_KERNELS /* == SPEED includes this file again, for its own section alone */
+
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1 /* POSIX, for those who compile with -std=c11 */
+#endif
+
+/* == DECLARATIONS ============================================================================
+
+   Two nouns. A model is a mapped file: immutable, shared by any number of sessions and threads.
+   A session is one timeline of tokens over a model: a cache and a position. One thread uses a
+   session at a time; different sessions are independent. Nothing here prints or exits.        */
+
+#ifndef RUN_DECLARED
+#define RUN_DECLARED
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct run_model run_model;
+typedef struct run_session run_session;
+
+/* What went wrong, as a sentence without a full stop. Every function that can fail takes one
+   (never NULL) and returns NULL or a negative number after filling it. */
+typedef struct {
+    char text[512];
+} run_error;
+
+/* Maps a model file and checks all of it that is not weights. */
+run_model *run_open(const char *path, run_error *error);
+/* Unmaps it. Its sessions must be closed before. */
+void run_close(run_model *model);
+
+int run_vocab_size(const run_model *model);
+/* Positions the model was trained for. */
+int run_context_length(const run_model *model);
+/* Metadata of the file by key, or NULL. */
+const char *run_text(const run_model *model, const char *key);
+
+/* Text to token ids, without BOS. Control tokens such as <|im_end|> are recognised only if
+   `trusted`. *ids is malloc'ed. Returns the number of ids. */
+int run_tokenize(const run_model *model, const char *text, size_t length, int trusted, int **ids,
+                 run_error *error);
+/* The bytes of a token (not NUL-terminated; part of a character, perhaps). NULL if there is no
+   tokenizer or no such id. */
+const char *run_piece(const run_model *model, int id, size_t *length);
+
+typedef struct {
+    int context;   /* positions the cache can hold; 0: what the model was trained for */
+    int threads;   /* 0: one for each physical core this process may use */
+    int cache_f32; /* 0: keys and values are cached as float16 */
+} run_options;
+
+/* Starts an empty timeline. options may be NULL. */
+run_session *run_session_open(const run_model *model, const run_options *options, run_error *error);
+/* A second timeline with the same past. */
+run_session *run_session_fork(const run_session *session, run_error *error);
+void run_session_close(run_session *session);
+
+/* Tokens so far, and how many the cache can hold. */
+int run_position(const run_session *session);
+int run_context(const run_session *session);
+/* Appends n >= 1 tokens. Afterwards run_logits are those that follow the last one. Fails when
+   the context is full, an id is out of range or an activation is not finite; the timeline is
+   then as long as before. */
+int run_eval(run_session *session, const int *ids, int n, run_error *error);
+/* Forgets all tokens from `position` on. There are no logits until the next run_eval. */
+int run_rewind(run_session *session, int position, run_error *error);
+/* [vocab] raw logits after the last run_eval; valid until the next call with this session. NULL
+   if there are none. */
+const float *run_logits(const run_session *session);
+
+/* Shows what goes on inside: run_eval calls it with one row of `width` values at a time, at the
+   points "embed", "attn" (heads' outputs, before their projection) and "out" of each layer. */
+typedef void (*run_observer)(void *context, const char *point, int layer, const float *values,
+                             int position, int width);
+void run_observe(run_session *session, run_observer observer, void *context);
+
+typedef struct {
+    float temperature;    /* 0: the most probable token */
+    float top_p;          /* keep the most probable tokens that reach this sum; 1: all */
+    float min_p;          /* keep tokens at least this probable relative to the best; 0: all */
+    float repeat_penalty; /* divides the logits of the last 64 tokens; 1: none */
+    int top_k;            /* keep this many; 0: all */
+    uint64_t seed, stream; /* the random numbers are a function of (seed, stream, position) */
+} run_sampling;
+
+/* Draws the next token from the logits; it does not append it. */
+int run_sample(run_session *session, const run_sampling *sampling, run_error *error);
+
+enum run_stop { RUN_LENGTH, RUN_EOS, RUN_STOPPED, RUN_CONTEXT, RUN_CANCELLED };
+
+/* Receives each token and the text that became whole with it (perhaps none; bytes, valid UTF-8
+   as far as the model's output is). A non-zero return ends the generation. */
+typedef int (*run_callback)(void *context, int id, const char *text, size_t length);
+
+typedef struct {
+    run_sampling sampling;
+    int max_tokens;           /* 0: until the context is full */
+    const char *const *stops; /* strings that end the generation; they are not emitted */
+    int n_stops;
+    int show_special;         /* control tokens appear in the text */
+    run_callback callback;
+    void *context;            /* for the callback */
+} run_generation;
+
+typedef struct {
+    enum run_stop stop;
+    int tokens;     /* drawn and kept: the end token or the tail of a stop string not counted */
+    int passes;     /* forward passes */
+    int drafted, accepted;
+} run_result;
+
+/* Draws tokens after the session's last one until something ends it. Needs a run_eval before. All
+   tokens but the last one drawn are then in the timeline; to go on, run_eval that one. During the
+   callback run_logits are those that the token was drawn from. */
+int run_generate(run_session *session, const run_generation *how, run_result *result,
+                 run_error *error);
+
+#endif
+#ifndef RUN_DECLARATIONS
+
+/* == MODEL ===================================================================================
+
+   The container is safetensors: 8 bytes of header length, a JSON header, data. Everything in it
+   may be wrong or hostile. Invariants after container_open:
+
+   [M1] the tensors tile the data exactly: no gap, no overlap, none outside the file;
+   [M2] names are unique, sizes follow from dtype and shape, data is aligned to its elements;
+   [M3] tensors are sorted by name and metadata by key.                                       */
+
+#if !defined(__GNUC__) || (!defined(__clang__) && __GNUC__ < 11) || (defined(__clang__) && __clang_major__ < 14 && !defined(__apple_build_version__))
+#error "run.c needs GCC 11 or newer or Clang 14 or newer (it uses their vector extensions)"
+#endif
+#if !defined(__LP64__) && !defined(_WIN64)
+#error "run.c needs a 64-bit target: model files are mapped whole"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "run.c needs a little-endian target: weights are used in place"
+#endif
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#error "run.c is written for x86-64 and AArch64"
+#endif
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "compile run.c without -ffast-math: its results must be the same on every machine"
+#endif
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
+#ifdef __linux__
+#include <sys/auxv.h>
+#include <sys/syscall.h>
+#endif
+
+#if FLT_EVAL_METHOD != 0
+#error "compile run.c with SSE arithmetic: intermediate results must have the precision of their type"
+#endif
+
+#include "tokenizer.c"
+
+#define MAYBE_UNUSED __attribute__((unused))
+#define INLINE static inline __attribute__((always_inline))
+
+/* Fills in the sentence and returns -1, so that `return fail(...)` is the way out. */
+__attribute__((format(printf, 2, 3)))
+static int fail(run_error *error, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(error->text, sizeof error->text, format, arguments);
+    va_end(arguments);
+    return -1;
+}
+
+struct tensor {
+    const char *name;
+    const unsigned char *data;
+    size_t size;                /* bytes */
+    int64_t shape[4];
+    int n_dims;
+    int used;                   /* something asked for it */
+    char dtype[8];              /* as in the file: F32, F16, BF16, U8, I32, ... */
+};
+
+struct entry {                  /* of the metadata */
+    const char *key, *value;
+};
+
+struct container {
+    const unsigned char *map;
+    size_t size;
+    struct tensor *tensors;
+    struct entry *entries;
+    char *strings;              /* all names, keys and values, unescaped */
+    int n_tensors, n_entries;
+};
+
+/* -- the JSON of a safetensors header: one object of flat things, so no recursion -- */
+
+struct scanner {
+    const char *at, *end;
+    char *out;                  /* where the next unescaped string goes; never overtakes `at` */
+};
+
+static void skip_space(struct scanner *s)
+{
+    while (s->at < s->end && (*s->at == ' ' || *s->at == '\n' || *s->at == '\r' || *s->at == '\t'))
+        s->at++;
+}
+
+/* Consumes c, if it is next. */
+static int take(struct scanner *s, char c)
+{
+    skip_space(s);
+    if (s->at == s->end || *s->at != c)
+        return 0;
+    s->at++;
+    return 1;
+}
+
+static int hex4(const char *at, const char *end, unsigned *value)
+{
+    if (end - at < 4)
+        return 0;
+    *value = 0;
+    for (int i = 0; i < 4; i++) {
+        char c = at[i], lower = (char)(c | 32);
+        int digit = c >= '0' && c <= '9' ? c - '0' : lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+        if (digit < 0)
+            return 0;
+        *value = *value * 16 + (unsigned)digit;
+    }
+    return 1;
+}
+
+static char *put_utf8(char *out, unsigned c)
+{
+    if (c < 0x80) {
+        *out++ = (char)c;
+    } else if (c < 0x800) {
+        *out++ = (char)(0xc0 | c >> 6);
+        *out++ = (char)(0x80 | (c & 63));
+    } else if (c < 0x10000) {
+        *out++ = (char)(0xe0 | c >> 12);
+        *out++ = (char)(0x80 | (c >> 6 & 63));
+        *out++ = (char)(0x80 | (c & 63));
+    } else {
+        *out++ = (char)(0xf0 | c >> 18);
+        *out++ = (char)(0x80 | (c >> 12 & 63));
+        *out++ = (char)(0x80 | (c >> 6 & 63));
+        *out++ = (char)(0x80 | (c & 63));
+    }
+    return out;
+}
+
+/* A JSON string, unescaped and NUL-terminated, or NULL if it is not one (or holds a NUL). */
+static char *take_string(struct scanner *s)
+{
+    if (!take(s, '"'))
+        return NULL;
+    char *start = s->out;
+    while (s->at < s->end && *s->at != '"') {
+        unsigned char c = (unsigned char)*s->at++;
+        if (c < 0x20)
+            return NULL;
+        if (c != '\\') {
+            *s->out++ = (char)c;
+            continue;
+        }
+        static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+        const char *which = s->at < s->end && *s->at ? strchr(escapes, *s->at) : NULL;
+        unsigned code, low;
+        if (which) {
+            *s->out++ = meanings[which - escapes];
+            s->at++;
+        } else if (s->at < s->end && *s->at == 'u' && hex4(s->at + 1, s->end, &code) && code) {
+            s->at += 5;
+            if (code >= 0xd800 && code < 0xdc00) { /* the first half of a surrogate pair */
+                if (s->end - s->at < 6 || s->at[0] != '\\' || s->at[1] != 'u' ||
+                    !hex4(s->at + 2, s->end, &low) || low < 0xdc00 || low > 0xdfff)
+                    return NULL;
+                s->at += 6;
+                code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+            } else if (code >= 0xdc00 && code <= 0xdfff) {
+                return NULL;
+            }
+            s->out = put_utf8(s->out, code);
+        } else {
+            return NULL;
+        }
+    }
+    if (s->at == s->end)
+        return NULL;
+    s->at++;
+    *s->out++ = '\0';
+    return start;
+}
+
+/* A non-negative integer below 2^62 without sign, fraction or exponent. */
+static int take_integer(struct scanner *s, int64_t *value)
+{
+    skip_space(s);
+    const char *start = s->at;
+    *value = 0;
+    for (; s->at < s->end && *s->at >= '0' && *s->at <= '9'; s->at++) {
+        if (*value > (INT64_C(1) << 62) / 10 - 1)
+            return 0;
+        *value = *value * 10 + (*s->at - '0');
+    }
+    return s->at > start && (*start != '0' || s->at == start + 1);
+}
+
+/* [ integer, ... ] of at most `most` integers; returns how many, or -1. */
+static int take_integers(struct scanner *s, int64_t *values, int most)
+{
+    int n = 0;
+    if (!take(s, '['))
+        return -1;
+    if (take(s, ']'))
+        return 0;
+    do {
+        if (n == most || !take_integer(s, &values[n++]))
+            return -1;
+    } while (take(s, ','));
+    return take(s, ']') ? n : -1;
+}
+
+/* Bytes of an element, 0 for a type that safetensors does not have. */
+static int dtype_size(const char *dtype)
+{
+    static const struct { const char *name; int size; } types[] = {
+        { "F64", 8 }, { "F32", 4 }, { "F16", 2 }, { "BF16", 2 }, { "I64", 8 }, { "I32", 4 },
+        { "I16", 2 }, { "I8", 1 }, { "U64", 8 }, { "U32", 4 }, { "U16", 2 }, { "U8", 1 },
+        { "BOOL", 1 }, { "F8_E4M3", 1 }, { "F8_E5M2", 1 },
+    };
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++)
+        if (!strcmp(dtype, types[i].name))
+            return types[i].size;
+    return 0;
+}
+
+/* Room for one more element in an array of *n; doubles it when n is a power of two. */
+static int grow(void *array, int n, size_t element)
+{
+    void **pointer = array;
+    if (n & (n - 1))
+        return 0;
+    void *larger = realloc(*pointer, (n ? 2 * (size_t)n : 1) * element);
+    if (!larger)
+        return -1;
+    *pointer = larger;
+    return 0;
+}
+
+/* { "dtype": ..., "shape": [...], "data_offsets": [begin, end] } */
+static int take_tensor(struct scanner *s, struct tensor *t, const unsigned char *data, size_t data_size,
+                       run_error *error)
+{
+    int64_t offsets[2] = { -1, -1 };
+    char *dtype = NULL;
+    int have_shape = 0, have_offsets = 0;
+    if (!take(s, '{'))
+        return fail(error, "the description of tensor %.100s is not a JSON object", t->name);
+    do {
+        char *key = take_string(s);
+        int ok = key && take(s, ':');
+        if (ok && !strcmp(key, "dtype") && !dtype)
+            ok = (dtype = take_string(s)) != NULL;
+        else if (ok && !strcmp(key, "shape") && !have_shape)
+            ok = (t->n_dims = take_integers(s, t->shape, 4)) >= 0, have_shape = 1;
+        else if (ok && !strcmp(key, "data_offsets") && !have_offsets)
+            ok = take_integers(s, offsets, 2) == 2, have_offsets = 1;
+        else
+            ok = 0;
+        if (!ok)
+            return fail(error, "the description of tensor %.100s is not dtype, shape and data_offsets",
+                        t->name);
+    } while (take(s, ','));
+    if (!take(s, '}') || !dtype || !have_shape || !have_offsets)
+        return fail(error, "the description of tensor %.100s is incomplete", t->name);
+    int element = dtype_size(dtype);
+    if (!element)
+        return fail(error, "tensor %.100s has the unknown type %.20s", t->name, dtype);
+    snprintf(t->dtype, sizeof t->dtype, "%s", dtype);
+    uint64_t size = (uint64_t)element;
+    for (int i = 0; i < t->n_dims; i++)
+        if (__builtin_mul_overflow(size, (uint64_t)t->shape[i], &size))
+            return fail(error, "the shape of tensor %.100s is too large", t->name);
+    if (offsets[0] > offsets[1] || (uint64_t)offsets[1] > data_size)
+        return fail(error, "tensor %.100s lies at bytes %lld to %lld, but the file has %zu bytes of data: "
+                    "it is cut short or damaged", t->name, (long long)offsets[0], (long long)offsets[1], data_size);
+    if ((uint64_t)(offsets[1] - offsets[0]) != size)
+        return fail(error, "tensor %.100s has %lld bytes where its type and shape need %llu", t->name,
+                    (long long)(offsets[1] - offsets[0]), (unsigned long long)size);
+    t->data = data + offsets[0];
+    t->size = size;
+    if ((uintptr_t)t->data % (uintptr_t)element)
+        return fail(error, "tensor %.100s is not aligned to its elements of %d bytes", t->name, element);
+    return 0;
+}
+
+/* { "key": "value", ... } */
+static int take_metadata(struct scanner *s, struct container *c, run_error *error)
+{
+    if (!take(s, '{'))
+        return fail(error, "__metadata__ is not a JSON object");
+    if (take(s, '}'))
+        return 0;
+    do {
+        struct entry e = { 0 };
+        if (!(e.key = take_string(s)) || !take(s, ':') || !(e.value = take_string(s)))
+            return fail(error, "__metadata__ is not an object of strings");
+        if (grow(&c->entries, c->n_entries, sizeof e))
+            return fail(error, "out of memory");
+        c->entries[c->n_entries++] = e;
+    } while (take(s, ','));
+    return take(s, '}') ? 0 : fail(error, "__metadata__ is not closed");
+}
+
+static int by_name(const void *a, const void *b)
+{
+    return strcmp(((const struct tensor *)a)->name, ((const struct tensor *)b)->name);
+}
+
+static int by_key(const void *a, const void *b)
+{
+    return strcmp(((const struct entry *)a)->key, ((const struct entry *)b)->key);
+}
+
+static int by_place(const void *a, const void *b)
+{
+    const struct tensor *x = a, *y = b;
+    return x->data != y->data ? (x->data > y->data) - (x->data < y->data) : (x->size > y->size) - (x->size < y->size);
+}
+
+static int container_parse(struct container *c, run_error *error)
+{
+    uint64_t length;
+    if (c->size < 8)
+        return fail(error, "a file of %zu bytes is not a model", c->size);
+    memcpy(&length, c->map, 8);
+    if (!memcmp(c->map, "GGUF", 4))
+        return fail(error, "this is a GGUF file; convert it with: python3 export.py FILE -o model.bin");
+    if (length > 100000000 || length > c->size - 8 || length < 2 || c->map[8] != '{')
+        return fail(error, "this is not a model file (no safetensors header); "
+                    "export.py makes one from llama2.c, GGUF and Hugging Face models");
+    const unsigned char *data = c->map + 8 + length;
+    size_t data_size = c->size - 8 - length;
+    if (!(c->strings = malloc(length + 1)))
+        return fail(error, "out of memory for a header of %llu bytes", (unsigned long long)length);
+    struct scanner s = { (const char *)c->map + 8, (const char *)data, c->strings };
+    int have_metadata = 0;
+    take(&s, '{');
+    if (!take(&s, '}')) {
+        do {
+            struct tensor t = { 0 };
+            if (!(t.name = take_string(&s)) || !take(&s, ':'))
+                return fail(error, "the header is damaged near byte %td", s.at - (const char *)c->map);
+            if (!strcmp(t.name, "__metadata__")) {
+                if (have_metadata++)
+                    return fail(error, "the header has __metadata__ twice");
+                if (take_metadata(&s, c, error))
+                    return -1;
+                continue;
+            }
+            if (take_tensor(&s, &t, data, data_size, error))
+                return -1;
+            if (grow(&c->tensors, c->n_tensors, sizeof t))
+                return fail(error, "out of memory");
+            c->tensors[c->n_tensors++] = t;
+        } while (take(&s, ','));
+        if (!take(&s, '}'))
+            return fail(error, "the header is damaged near byte %td", s.at - (const char *)c->map);
+    }
+    skip_space(&s);
+    if (s.at != s.end)
+        return fail(error, "the header has something behind its end, at byte %td", s.at - (const char *)c->map);
+
+    if (c->n_tensors) /* [M1] */
+        qsort(c->tensors, (size_t)c->n_tensors, sizeof *c->tensors, by_place);
+    const unsigned char *at = data;
+    for (int i = 0; i < c->n_tensors; at += c->tensors[i++].size)
+        if (c->tensors[i].data != at)
+            return fail(error, "tensor %.100s %s", c->tensors[i].name,
+                        c->tensors[i].data < at ? "overlaps the one before it" : "has a gap before it");
+    if (at != data + data_size)
+        return fail(error, "%td bytes at the end of the file belong to no tensor", data + data_size - at);
+
+    if (c->n_tensors) /* [M2], [M3] */
+        qsort(c->tensors, (size_t)c->n_tensors, sizeof *c->tensors, by_name);
+    for (int i = 1; i < c->n_tensors; i++)
+        if (!strcmp(c->tensors[i - 1].name, c->tensors[i].name))
+            return fail(error, "the file has two tensors %.100s", c->tensors[i].name);
+    if (c->n_entries)
+        qsort(c->entries, (size_t)c->n_entries, sizeof *c->entries, by_key);
+    for (int i = 1; i < c->n_entries; i++)
+        if (!strcmp(c->entries[i - 1].key, c->entries[i].key))
+            return fail(error, "the metadata has %.100s twice", c->entries[i].key);
+    return 0;
+}
+
+static void container_close(struct container *c)
+{
+    if (c->map)
+        munmap((void *)(uintptr_t)c->map, c->size);
+    free(c->tensors);
+    free(c->entries);
+    free(c->strings);
+    memset(c, 0, sizeof *c);
+}
+
+static int container_open(struct container *c, const char *path, run_error *error)
+{
+    memset(c, 0, sizeof *c);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return fail(error, "cannot open %.200s: %s", path, strerror(errno));
+    struct stat status;
+    if (fstat(file, &status) || !S_ISREG(status.st_mode)) {
+        close(file);
+        return fail(error, "%.200s is not a file", path);
+    }
+    c->size = (size_t)status.st_size;
+    void *map = c->size ? mmap(NULL, c->size, PROT_READ, MAP_PRIVATE, file, 0) : MAP_FAILED;
+    int reason = errno;
+    close(file);
+    if (map == MAP_FAILED)
+        return fail(error, "cannot map %.200s: %s", path, c->size ? strerror(reason) : "it is empty");
+    c->map = map;
+    run_error inner;
+    if (container_parse(c, &inner)) {
+        container_close(c);
+        return fail(error, "%.100s: %.400s", path, inner.text);
+    }
+    return 0;
+}
+
+static struct tensor *find_tensor(const struct container *c, const char *name)
+{
+    struct tensor key = { .name = name };
+    return c->n_tensors ? bsearch(&key, c->tensors, (size_t)c->n_tensors, sizeof key, by_name) : NULL;
+}
+
+static const char *find_text(const struct container *c, const char *key)
+{
+    struct entry wanted = { .key = key }, *found;
+    found = c->n_entries ? bsearch(&wanted, c->entries, (size_t)c->n_entries, sizeof wanted, by_key) : NULL;
+    return found ? found->value : NULL;
+}
+
+/* -- numbers in text: strict, for metadata and the command line alike -- */
+
+static int parse_integer(const char *text, int64_t low, int64_t high, int64_t *value)
+{
+    char *end;
+    errno = 0;
+    if (!*text || !strchr("-0123456789", *text))
+        return -1;
+    long long parsed = strtoll(text, &end, 10);
+    if (*end || errno || parsed < low || parsed > high)
+        return -1;
+    *value = parsed;
+    return 0;
+}
+
+static int parse_number(const char *text, double low, double high, double *value)
+{
+    char *end;
+    errno = 0;
+    if (!*text || !strchr("-.0123456789", *text) || strpbrk(text, "xXnN"))
+        return -1;
+    double parsed = strtod(text, &end);
+    if (*end || !(parsed >= low && parsed <= high))
+        return -1;
+    *value = parsed;
+    return 0;
+}
+
+/* -- the configuration: everything in which architectures differ is data -- */
+
+enum activation { SILU, GELU, GELU_TANH };
+
+struct config {
+    int dim, hidden, layers, heads, kv, hd, vocab, context;
+    int rope_dims, rope_interleaved;
+    int window;                       /* 0: every position is visible */
+    enum activation activation;
+    float eps, rope_base, rope_factor, embedding_scale, logit_scale, attention_scale;
+    float attention_cap, logit_cap;   /* 0: none */
+    int bos, add_bos;                 /* bos -1: none */
+    int eos[16], n_eos;
+};
+
+struct reading {                      /* a container being read, and the first thing wrong with it */
+    struct container *c;
+    run_error *error;
+    int failed;
+};
+
+static int64_t get_integer(struct reading *r, const char *key, int64_t low, int64_t high, int64_t otherwise)
+{
+    const char *text = find_text(r->c, key);
+    int64_t value = otherwise;
+    if (text ? parse_integer(text, low, high, &value) != 0 : otherwise < low) {
+        if (!r->failed)
+            fail(r->error, text ? "metadata %s is \"%.40s\", but should be a whole number from %lld to %lld"
+                 : "metadata %s is missing%.0s (a whole number from %lld to %lld)", key, text ? text : "",
+                 (long long)low, (long long)high);
+        r->failed = 1;
+        return low;
+    }
+    return value;
+}
+
+static float get_number(struct reading *r, const char *key, double low, double high, double otherwise)
+{
+    const char *text = find_text(r->c, key);
+    double value = otherwise;
+    if (text && parse_number(text, low, high, &value)) {
+        if (!r->failed)
+            fail(r->error, "metadata %s is \"%.40s\", but should be a number from %g to %g", key, text, low, high);
+        r->failed = 1;
+    }
+    return (float)value;
+}
+
+/* Which of the words (a NULL-terminated list) the value is; the first if there is none. */
+static int get_word(struct reading *r, const char *key, const char *const *words)
+{
+    const char *text = find_text(r->c, key);
+    if (!text)
+        return 0;
+    for (int i = 0; words[i]; i++)
+        if (!strcmp(text, words[i]))
+            return i;
+    if (!r->failed)
+        fail(r->error, "metadata %s is \"%.40s\", which this version of run.c does not know", key, text);
+    r->failed = 1;
+    return 0;
+}
+
+/* The integers of a space-separated list; returns how many. */
+static int get_list(struct reading *r, const char *key, int *values, int most, int64_t high)
+{
+    const char *text = find_text(r->c, key);
+    int n = 0;
+    while (text && *text) {
+        char word[24];
+        size_t length = strcspn(text, " ");
+        int64_t value = 0;
+        snprintf(word, sizeof word, "%.*s", (int)(length < 23 ? length : 23), text);
+        if (n == most || parse_integer(word, 0, high, &value)) {
+            if (!r->failed)
+                fail(r->error, "metadata %s should be a list of at most %d numbers up to %lld", key, most,
+                     (long long)high);
+            r->failed = 1;
+            return 0;
+        }
+        values[n++] = (int)value;
+        text += length + (text[length] == ' ');
+    }
+    return n;
+}
+
+static int config_read(struct config *c, struct container *file, run_error *error)
+{
+    struct reading r = { file, error, 0 };
+    const char *version = find_text(file, "run.c");
+    if (!version)
+        return fail(error, "this safetensors file is not a run.c model (its metadata lacks run.c = 1); "
+                    "convert it with: python3 export.py FOLDER -o model.bin");
+    if (strcmp(version, "1"))
+        return fail(error, "this file has format version \"%.20s\"; this run.c reads version 1", version);
+    c->dim = (int)get_integer(&r, "dim", 1, 1 << 20, 0);
+    c->hidden = (int)get_integer(&r, "hidden_dim", 1, 1 << 22, 0);
+    c->layers = (int)get_integer(&r, "n_layers", 1, 1 << 12, 0);
+    c->heads = (int)get_integer(&r, "n_heads", 1, 1 << 12, 0);
+    c->vocab = (int)get_integer(&r, "vocab_size", 1, 1 << 24, 0);
+    c->context = (int)get_integer(&r, "context_length", 1, 1 << 26, 0);
+    c->kv = (int)get_integer(&r, "n_kv_heads", 1, c->heads, c->heads);
+    c->hd = (int)get_integer(&r, "head_dim", 1, 1024, c->dim / c->heads);
+    c->rope_dims = (int)get_integer(&r, "rope.dims", 0, c->hd, c->hd);
+    c->window = (int)get_integer(&r, "window", 0, INT_MAX, 0);
+    c->eps = get_number(&r, "norm.eps", 0, 1, 1e-5);
+    c->rope_base = get_number(&r, "rope.base", 1e-3, 1e12, 10000);
+    c->rope_factor = get_number(&r, "rope.attention_factor", 1e-3, 1e3, 1);
+    c->embedding_scale = get_number(&r, "embedding.scale", -1e6, 1e6, 1);
+    c->logit_scale = get_number(&r, "logit.scale", -1e6, 1e6, 1);
+    c->attention_scale = get_number(&r, "attention.scale", 0, 1e6, 1 / sqrt((double)c->hd));
+    c->attention_cap = get_number(&r, "attention.soft_cap", 0, 1e6, 0);
+    c->logit_cap = get_number(&r, "logit.soft_cap", 0, 1e6, 0);
+    c->rope_interleaved = get_word(&r, "rope.pairing", (const char *const[]){ "half", "interleaved", NULL });
+    c->activation = (enum activation)get_word(&r, "activation",
+                                              (const char *const[]){ "silu", "gelu", "gelu_tanh", NULL });
+    c->bos = (int)get_integer(&r, "token.bos", -1, c->vocab - 1, -1);
+    c->add_bos = (int)get_integer(&r, "token.add_bos", 0, 1, 0);
+    c->n_eos = get_list(&r, "token.eos", c->eos, 16, c->vocab - 1);
+    if (r.failed)
+        return -1;
+    if (c->heads % c->kv)
+        return fail(error, "%d query heads cannot share %d key heads evenly", c->heads, c->kv);
+    if (c->rope_dims % 2)
+        return fail(error, "metadata rope.dims is %d, but rotated dimensions come in pairs", c->rope_dims);
+    if (c->add_bos && c->bos < 0)
+        return fail(error, "metadata token.add_bos asks for a BOS token, but token.bos names none");
+    return 0;
+}
+
+/* -- the weights: every tensor is fetched by name with the shape and type it must have --
+
+   A packed matrix is cut into strips of 16 rows, a strip into blocks of 64 columns (two groups
+   of 32), so that one vector lane is one row and every load stays inside a cache line. A block:
+
+     q4, q4a   8 lines of 64 bytes: line j holds, for row r and c < 4 in byte 4 r + c, two
+               columns of group g = j / 4: 32 g + 8 (j % 4) + c in the low nibble, + 4 in the
+               high one
+     q8        16 lines of 64 bytes: line j, byte 4 r + c is column 4 j + c of row r, signed
+     then      scales, half precision, [2 groups][16 rows]: 64 bytes
+     q4a       minima, the same: 64 bytes
+
+     weight = (q - 8) d  in q4,   fma(q, d, m) in q4a,   q d in q8
+
+   that is 4.5, 5 and 8.5 bits a weight. Rows are padded to 16 and columns to 64 with zero scales. */
+
+enum type { F32, F16, BF16, Q4, Q4A, Q8, RAW, N_TYPES = RAW };
+
+static const char *const type_names[] = { "f32", "f16", "bf16", "q4", "q4a", "q8", "raw" };
+
+enum { STRIP = 16, GROUP = 32, BLOCK = 64 };
+enum { Q4_BLOCK = STRIP * BLOCK / 2 + 2 * STRIP * 2, Q4A_BLOCK = Q4_BLOCK + 2 * STRIP * 2,
+       Q8_BLOCK = STRIP * BLOCK + 2 * STRIP * 2 };
+_Static_assert(Q4_BLOCK == 576 && Q4A_BLOCK == 640 && Q8_BLOCK == 1088, "the layout of the file");
+
+struct matrix {
+    const unsigned char *data;
+    enum type type;
+    int rows, cols;
+};
+
+struct layer {
+    const float *attn_norm, *ffn_norm;                       /* [dim] */
+    const float *q_norm, *k_norm;                            /* [hd] or NULL */
+    const float *post_attn_norm, *post_ffn_norm;             /* [dim] or NULL */
+    struct matrix q;                                         /* [heads hd, dim] */
+    struct matrix k, v;                                      /* [kv hd, dim] */
+    struct matrix o;                                         /* [dim, heads hd] */
+    struct matrix gate, up;                                  /* [hidden, dim] */
+    struct matrix down;                                      /* [dim, hidden] */
+    const float *q_bias, *k_bias, *v_bias, *o_bias;          /* as many as rows, or NULL */
+    const float *gate_bias, *up_bias, *down_bias;
+    int window;                                              /* 0: every position is visible */
+};
+
+struct run_model {
+    struct container file;
+    struct config config;
+    struct matrix embedding, output;                         /* [vocab, dim]; the same one if tied */
+    const float *output_norm;                                /* [dim] */
+    struct layer *layers;                                    /* [layers] */
+    float *rope;                                             /* [rope_dims / 2] radians a position */
+    tokenizer *tokenizer;                                    /* NULL: token ids are the interface */
+    const struct kernels *kernels;
+    size_t weight_bytes;                                     /* read for one token */
+    int has_packed;                                          /* some matrix wants int8 activations */
+};
+
+static size_t strips(int rows) { return ((size_t)rows + STRIP - 1) / STRIP; }
+static size_t blocks(int cols) { return ((size_t)cols + BLOCK - 1) / BLOCK; }
+
+static size_t matrix_bytes(enum type type, int rows, int cols)
+{
+    static const size_t block[] = { [Q4] = Q4_BLOCK, [Q4A] = Q4A_BLOCK, [Q8] = Q8_BLOCK };
+    return type <= BF16 ? (size_t)rows * (size_t)cols * (type == F32 ? 4 : 2)
+                        : strips(rows) * blocks(cols) * block[type];
+}
+
+/* "q4 960 576": a word and two sizes; returns the word's length, or 0. */
+static size_t parse_packing(const char *text, int *rows, int *cols)
+{
+    size_t word = strcspn(text, " ");
+    char extra;
+    if (!word || word > 20 || sscanf(text + word, "%9d%9d%c", rows, cols, &extra) != 2 || *rows < 1 || *cols < 1)
+        return 0;
+    return word;
+}
+
+/* The value of `prefix`NAME in the metadata. */
+static const char *find_packing(const struct container *c, const char *prefix, const char *name)
+{
+    char key[300];
+    snprintf(key, sizeof key, "%s%.250s", prefix, name);
+    return find_text(c, key);
+}
+
+/* Describes any two-dimensional tensor. Returns -1 for one that no matrix can be. */
+static int matrix_describe(const struct container *c, const struct tensor *t, struct matrix *m, run_error *error)
+{
+    const char *packed = find_packing(c, "packed.", t->name);
+    m->data = t->data;
+    if (packed || find_packing(c, "ggml.", t->name)) {
+        const char *text = packed ? packed : find_packing(c, "ggml.", t->name);
+        size_t word = parse_packing(text, &m->rows, &m->cols);
+        m->type = RAW;
+        for (enum type i = Q4; packed && i <= Q8; i++)
+            if (word == strlen(type_names[i]) && !strncmp(text, type_names[i], word))
+                m->type = i;
+        if (!word || strcmp(t->dtype, "U8") || (packed && m->type == RAW))
+            return fail(error, "tensor %.100s is said to be \"%.40s\", which is not a packing (TYPE ROWS COLUMNS) "
+                        "of bytes", t->name, text);
+        if (packed && t->size != matrix_bytes(m->type, m->rows, m->cols))
+            return fail(error, "tensor %.100s has %zu bytes where \"%.40s\" needs %zu", t->name, t->size, text,
+                        matrix_bytes(m->type, m->rows, m->cols));
+        return 0;
+    }
+    m->type = !strcmp(t->dtype, "F32") ? F32 : !strcmp(t->dtype, "F16") ? F16 : BF16;
+    if ((m->type == BF16 && strcmp(t->dtype, "BF16")) || t->n_dims != 2 || t->shape[0] > INT_MAX ||
+        t->shape[1] > INT_MAX)
+        return fail(error, "tensor %.100s is not a matrix of floats or a packed one", t->name);
+    m->rows = (int)t->shape[0];
+    m->cols = (int)t->shape[1];
+    return 0;
+}
+
+static struct matrix get_matrix(struct reading *r, const char *name, int64_t rows, int64_t cols)
+{
+    struct matrix m = { 0 };
+    if (r->failed)
+        return m;
+    r->failed = 1;
+    struct tensor *t = find_tensor(r->c, name);
+    if (!t) {
+        fail(r->error, "tensor %s [%lld, %lld] is missing", name, (long long)rows, (long long)cols);
+        return m;
+    }
+    if (matrix_describe(r->c, t, &m, r->error))
+        return m;
+    t->used = 1;
+    if (m.rows != rows || m.cols != cols) {
+        fail(r->error, "tensor %s is [%d, %d], but the configuration needs [%lld, %lld]", name, m.rows, m.cols,
+             (long long)rows, (long long)cols);
+    } else if (m.type == RAW) {
+        fail(r->error, "tensor %s holds raw %.20s blocks; pack them first: ./run FILE -m quantize -o OUT", name,
+             find_packing(r->c, "ggml.", name));
+    } else {
+        r->failed = 0;
+    }
+    return m;
+}
+
+static const float *get_vector(struct reading *r, const char *name, int64_t n, int required)
+{
+    struct tensor *t = find_tensor(r->c, name);
+    if (r->failed || (!t && !required))
+        return NULL;
+    if (t && !strcmp(t->dtype, "F32") && t->n_dims == 1 && t->shape[0] == n) {
+        t->used = 1;
+        return (const float *)(const void *)t->data;
+    }
+    r->failed = 1;
+    if (t)
+        fail(r->error, "tensor %s should be F32 [%lld], but is %s with %d dimensions and %zu bytes", name,
+             (long long)n, t->dtype, t->n_dims, t->size);
+    else
+        fail(r->error, "tensor %s F32 [%lld] is missing", name, (long long)n);
+    return NULL;
+}
+
+static void read_layer(struct reading *r, const struct config *c, int number, struct layer *l)
+{
+    char name[80];
+    int64_t dim = c->dim, hidden = c->hidden, q = (int64_t)c->heads * c->hd, kv = (int64_t)c->kv * c->hd;
+#define NAME(suffix) (snprintf(name, sizeof name, "blk.%d." suffix, number), name)
+    l->attn_norm = get_vector(r, NAME("attn_norm.weight"), dim, 1);
+    l->q = get_matrix(r, NAME("attn_q.weight"), q, dim);
+    l->k = get_matrix(r, NAME("attn_k.weight"), kv, dim);
+    l->v = get_matrix(r, NAME("attn_v.weight"), kv, dim);
+    l->o = get_matrix(r, NAME("attn_output.weight"), dim, q);
+    l->q_bias = get_vector(r, NAME("attn_q.bias"), q, 0);
+    l->k_bias = get_vector(r, NAME("attn_k.bias"), kv, 0);
+    l->v_bias = get_vector(r, NAME("attn_v.bias"), kv, 0);
+    l->o_bias = get_vector(r, NAME("attn_output.bias"), dim, 0);
+    l->q_norm = get_vector(r, NAME("attn_q_norm.weight"), c->hd, 0);
+    l->k_norm = get_vector(r, NAME("attn_k_norm.weight"), c->hd, 0);
+    l->post_attn_norm = get_vector(r, NAME("post_attention_norm.weight"), dim, 0);
+    l->ffn_norm = get_vector(r, NAME("ffn_norm.weight"), dim, 1);
+    l->gate = get_matrix(r, NAME("ffn_gate.weight"), hidden, dim);
+    l->up = get_matrix(r, NAME("ffn_up.weight"), hidden, dim);
+    l->down = get_matrix(r, NAME("ffn_down.weight"), dim, hidden);
+    l->gate_bias = get_vector(r, NAME("ffn_gate.bias"), hidden, 0);
+    l->up_bias = get_vector(r, NAME("ffn_up.bias"), hidden, 0);
+    l->down_bias = get_vector(r, NAME("ffn_down.bias"), dim, 0);
+    l->post_ffn_norm = get_vector(r, NAME("post_ffw_norm.weight"), dim, 0);
+#undef NAME
+}
+
+static const void *tokenizer_tensor(void *context, const char *name, const char *dtype, size_t *bytes)
+{
+    struct tensor *t = find_tensor(context, name);
+    if (!t || strcmp(t->dtype, dtype))
+        return NULL;
+    t->used = 1;
+    *bytes = t->size;
+    return t->data;
+}
+
+static const char *tokenizer_text(void *context, const char *key)
+{
+    return find_text(context, key);
+}
+
+static const struct kernels *choose_kernels(run_error *error);
+static void rope_frequencies(float *out, int pairs, float base);
+
+static void model_close(struct run_model *m)
+{
+    tokenizer_close(m->tokenizer);
+    container_close(&m->file);
+    free(m->layers);
+    free(m->rope);
+    free(m);
+}
+
+void run_close(run_model *m)
+{
+    if (m)
+        model_close(m);
+}
+
+static size_t bytes_of(const struct matrix *m)
+{
+    return matrix_bytes(m->type, m->rows, m->cols);
+}
+
+/* What one token reads of the weights, and whether any matrix is packed. */
+static void measure_weights(struct run_model *m)
+{
+    m->weight_bytes = bytes_of(&m->output);
+    m->has_packed = m->output.type >= Q4;
+    for (int i = 0; i < m->config.layers; i++) {
+        const struct layer *l = &m->layers[i];
+        const struct matrix *all[] = { &l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down };
+        for (int j = 0; j < 7; j++) {
+            m->weight_bytes += bytes_of(all[j]);
+            m->has_packed |= all[j]->type >= Q4;
+        }
+    }
+}
+
+static int model_read(struct run_model *m, run_error *error)
+{
+    struct config *c = &m->config;
+    struct reading r = { &m->file, error, 0 };
+    int *windowed = NULL, n_windowed = -1;
+    if (config_read(c, &m->file, error))
+        return -1;
+    if (!(m->layers = calloc((size_t)c->layers, sizeof *m->layers)) ||
+        !(m->rope = calloc((size_t)c->rope_dims / 2 + 1, sizeof *m->rope)) ||
+        !(windowed = calloc((size_t)c->layers, sizeof *windowed)))
+        return fail(error, "out of memory");
+    if (find_text(&m->file, "window.layers"))
+        n_windowed = get_list(&r, "window.layers", windowed, c->layers, c->layers - 1);
+    for (int i = 0; i < c->layers; i++)
+        m->layers[i].window = n_windowed < 0 ? c->window : 0;
+    for (int i = 0; i < n_windowed; i++)
+        m->layers[windowed[i]].window = c->window;
+    free(windowed);
+
+    m->embedding = get_matrix(&r, "token_embd.weight", c->vocab, c->dim);
+    m->output_norm = get_vector(&r, "output_norm.weight", c->dim, 1);
+    m->output = find_tensor(&m->file, "output.weight") ? get_matrix(&r, "output.weight", c->vocab, c->dim)
+                                                       : m->embedding;
+    for (int i = 0; i < c->layers && !r.failed; i++)
+        read_layer(&r, c, i, &m->layers[i]);
+    const float *rope = get_vector(&r, "rope.freqs", c->rope_dims / 2, 0);
+    if (r.failed)
+        return -1;
+    if (rope)
+        memcpy(m->rope, rope, sizeof *rope * (size_t)(c->rope_dims / 2));
+    else
+        rope_frequencies(m->rope, c->rope_dims / 2, c->rope_base);
+    measure_weights(m);
+
+    if (find_tensor(&m->file, "tokenizer.bytes")) {
+        tokenizer_source source = { &m->file, tokenizer_tensor, tokenizer_text };
+        char sentence[300] = "";
+        if (!(m->tokenizer = tokenizer_open(&source, c->vocab, sentence, sizeof sentence)))
+            return fail(error, "the tokenizer is damaged: %s", sentence);
+    }
+    return (m->kernels = choose_kernels(error)) ? 0 : -1;
+}
+
+/* Opens the file without reading the model in it: for quantize and info. */
+run_model *run_open(const char *path, run_error *error)
+{
+    struct run_model *m = calloc(1, sizeof *m);
+    run_error inner;
+    if (!m) {
+        fail(error, "out of memory");
+    } else if (container_open(&m->file, path, error) == 0) {
+        if (model_read(m, &inner) == 0)
+            return m;
+        fail(error, "%.100s: %.400s", path, inner.text);
+    }
+    run_close(m);
+    return NULL;
+}
+
+int run_vocab_size(const run_model *m) { return m->config.vocab; }
+int run_context_length(const run_model *m) { return m->config.context; }
+const char *run_text(const run_model *m, const char *key) { return find_text(&m->file, key); }
+
+int run_tokenize(const run_model *m, const char *text, size_t length, int trusted, int **ids, run_error *error)
+{
+    tokenizer_span span = { text, length, trusted };
+    int n;
+    if (!m->tokenizer)
+        return fail(error, "this model file has no tokenizer; it takes token ids");
+    if (tokenizer_encode(m->tokenizer, &span, 1, ids, &n))
+        return fail(error, "out of memory for the tokens of %zu bytes", length);
+    return n;
+}
+
+const char *run_piece(const run_model *m, int id, size_t *length)
+{
+    int kind;
+    *length = 0;
+    return m->tokenizer && id >= 0 && id < m->config.vocab ? tokenizer_piece(m->tokenizer, id, length, &kind) : NULL;
+}
+
+/* == TRANSFORMER =============================================================================
+
+   First the arithmetic that everything shares, then one plain kernel for each operation: what
+   it computes, in the order the contract fixes. == SPEED has the same operations for vector
+   instructions; they must agree with these to the last bit.                                  */
+
+/* -- numbers -- */
+
+INLINE float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+INLINE uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+INLINE float from_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE uint16_t load_u16(const unsigned char *at)
+{
+    uint16_t x;
+    memcpy(&x, at, 2);
+    return x;
+}
+
+/* Half precision is 1 sign, 5 exponent, 10 mantissa bits. Shifting exponent and mantissa to
+   their places in a float leaves an exponent that is 112 too small, which one multiplication
+   by 2^112 mends, subnormals included. */
+INLINE float from_half(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
+    float magnitude = from_bits(rest) * 0x1p112f;
+    magnitude = rest >= 0x0f800000 ? from_bits(rest | 0x70000000) : magnitude; /* infinity, NaN */
+    return from_bits(bits_of(magnitude) | sign);
+}
+
+/* Rounds to nearest even and saturates at 65504. A half below 2^-14 is a multiple of 2^-24, which
+   is the last bit of a float just above 0.5, so that an addition rounds; others lose 13 bits. */
+INLINE uint16_t to_half(float x)
+{
+    uint32_t sign = bits_of(x) >> 16 & 0x8000, magnitude = bits_of(x) & 0x7fffffff;
+    magnitude = magnitude > 0x477fe000 ? 0x477fe000 : magnitude;
+    float small = from_bits(magnitude) + 0.5f;
+    uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000;
+    uint32_t half = magnitude < 0x38800000 ? bits_of(small) - 0x3f000000 : rounded >> 13;
+    return (uint16_t)(sign | half);
+}
+
+INLINE float from_bf16(uint16_t b) { return from_bits((uint32_t)b << 16); }
+
+/* Round to the nearest even integer, |x| < 2^22: the sum has no bits left for a fraction. */
+INLINE float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+
+/* exp in float: x = n ln 2 + r with |r| <= ln 2 / 2, Taylor to r^7 (the rest is below 6e-9), and
+   two powers of two since 2^n alone may be out of range. */
+INLINE float exp_(float x)
+{
+    float y = x > -104.0f ? x < 89.0f ? x : 89.0f : -104.0f; /* NaN becomes -104 */
+    float n = round_even(y * 0x1.715476p+0f);
+    float r = fma_(n, -0x1.62e4p-1f, y);                    /* ln 2 in two parts: the first has */
+    r = fma_(n, -0x1.7f7d1cp-20f, r);                       /* few bits, so n times it is exact */
+    float p = 1.0f / 5040;
+    p = fma_(p, r, 1.0f / 720);
+    p = fma_(p, r, 1.0f / 120);
+    p = fma_(p, r, 1.0f / 24);
+    p = fma_(p, r, 1.0f / 6);
+    p = fma_(p, r, 0.5f);
+    p = fma_(p, r, 1.0f);
+    p = fma_(p, r, 1.0f);
+    int32_t whole = (int32_t)n, half = whole >> 1;
+    return p * from_bits((uint32_t)(half + 127) << 23) * from_bits((uint32_t)(whole - half + 127) << 23);
+}
+
+INLINE float tanh_(float x)
+{
+    return 1.0f - 2.0f / (1.0f + exp_(2.0f * x));
+}
+
+/* Abramowitz and Stegun, formula 7.1.26: absolute error below 1.5e-7. */
+INLINE float erf_(float x)
+{
+    float a = from_bits(bits_of(x) & 0x7fffffff), t = 1.0f / fma_(0.3275911f, a, 1.0f);
+    float p = 1.061405429f;
+    p = fma_(p, t, -1.453152027f);
+    p = fma_(p, t, 1.421413741f);
+    p = fma_(p, t, -0.284496736f);
+    p = fma_(p, t, 0.254829592f);
+    float y = 1.0f - p * t * exp_(-(a * a));
+    return from_bits(bits_of(y) | (bits_of(x) & 0x80000000));
+}
+
+INLINE float silu(float x) { return x / (1.0f + exp_(-x)); }
+INLINE float gelu(float x) { return 0.5f * x * (1.0f + erf_(x * 0x1.6a09e6p-1f)); }
+INLINE float gelu_tanh(float x)
+{
+    return 0.5f * x * (1.0f + tanh_(0x1.988454p-1f * fma_(0.044715f * x * x, x, x)));
+}
+
+/* The same in double, where time does not matter: sampling, RoPE tables. */
+static double exp_double(double x)
+{
+    if (x < -700)
+        return 0;
+    if (x > 700)
+        x = 700;
+    double n = (x * 1.4426950408889634 + 0x1.8p52) - 0x1.8p52;
+    double r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+    double p = 1;
+    for (int k = 14; k > 0; k--)
+        p = 1 + p * r / k;
+    uint64_t bits = (uint64_t)((int64_t)n + 1023) << 52;
+    double power;
+    memcpy(&power, &bits, 8);
+    return p * power;
+}
+
+/* x > 0 and normal: x = 2^e m with m near 1, log m = 2 artanh((m - 1) / (m + 1)). */
+static double log_double(double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    int e = (int)(bits >> 52) - 1023;
+    bits = (bits & 0xfffffffffffff) | (uint64_t)1023 << 52;
+    memcpy(&x, &bits, 8);
+    if (x > 1.4142135623730951) {
+        x /= 2;
+        e++;
+    }
+    double s = (x - 1) / (x + 1), power = s, sum = 0;
+    for (int k = 1; k <= 21; k += 2, power *= s * s)
+        sum += power / k;
+    return 2 * sum + e * 0.6931471805599453;
+}
+
+/* sin and cos of x >= 0: x = k pi/2 + r with |r| <= pi/4 (pi/2 in two parts, the first short
+   enough that k times it is exact to k = 2^20), then Taylor. */
+static void sine_cosine(double x, float *sine, float *cosine)
+{
+    double k = (x * 0.6366197723675814 + 0x1.8p52) - 0x1.8p52;
+    double r = (x - k * 0x1.921fb544p0) - k * 0x1.0b4611a626331p-34, r2 = r * r, s = 1, c = 1;
+    for (int i = 14; i > 0; i -= 2) {
+        s = 1 - s * r2 / (i * (i + 1));
+        c = 1 - c * r2 / (i * (i - 1));
+    }
+    s *= r;
+    switch ((int64_t)k & 3) {
+    case 0: *sine = (float)s, *cosine = (float)c; break;
+    case 1: *sine = (float)c, *cosine = (float)-s; break;
+    case 2: *sine = (float)-s, *cosine = (float)-c; break;
+    case 3: *sine = (float)-c, *cosine = (float)s; break;
+    }
+}
+
+/* base^(-i / pairs), rounded where the usual float32 code of the training frameworks rounds. */
+static void rope_frequencies(float *out, int pairs, float base)
+{
+    for (int i = 0; i < pairs; i++) {
+        float exponent = (float)(2 * i) / (float)(2 * pairs);
+        out[i] = 1.0f / (float)exp_double((double)exponent * log_double((double)base));
+    }
+}
+
+/* -- the operations, plainly -- */
+
+/* One operand of a matrix product: n rows of floats and, for packed matrices, the same rows as
+   int8: x = q * scale in groups of 32, stored [group][row][32] so that a tile of rows is one
+   stretch of memory. Columns are padded with zeros to 64. */
+struct input {
+    float *x;                       /* [n, stride] */
+    int8_t *q;                      /* [groups, n, 32] */
+    float *scale;                   /* [groups, n] */
+    float *offset;                  /* [groups, n] scale * (float)sum */
+    int32_t *sum;                   /* [groups, n] sum of q */
+    size_t stride;
+    int n;                          /* rows */
+    int cols;
+};
+
+/* One query head against one block of positions of its cache, and the running result. */
+struct query {
+    const float *q;                 /* [hd] */
+    float *out;                     /* [hd] sum of exp(score - max) v */
+    float max, sum;                 /* of the blocks so far */
+    int first, end;                 /* visible positions inside the block, 0 to 64 */
+};
+
+enum { QUERIES = 4, TILE = 16 };    /* queries, rows that a kernel takes at once */
+
+/* The table of kernels: filled for every instruction set in == SPEED. */
+struct kernels {
+    const char *name;
+    /* tile[r][row] = the 16 rows of a strip times rows r0.. of x, n <= TILE */
+    void (*matmul[N_TYPES])(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n);
+    /* x [n] / rms(x) * w; returns non-zero if the sum of squares is not finite */
+    int (*rmsnorm)(float *out, const float *x, const float *w, int n, float eps);
+    /* a row's groups [g0, g1) from x to int8; returns non-zero if something is not finite */
+    int (*quantize)(const struct input *in, int row, int g0, int g1);
+    void (*glu)(float *gate, const float *up, int n, enum activation activation);
+    /* rotates a head in place; table is cos, sin, cos, sin ... [pairs] */
+    void (*rope)(float *x, const float *table, int pairs, int interleaved);
+    /* up to QUERIES queries against a block of 64 cached positions */
+    void (*attend[2])(struct query *q, int n, const void *keys, const void *values, int hd, float scale, float cap);
+    /* sum of exp((x - max) * scale) in double, sixteen partial sums */
+    double (*exp_sum)(const float *x, int n, float max, float scale);
+    /* sum of 64-bit words, as fast as memory gives them: for bench */
+    uint64_t (*read)(const uint64_t *words, size_t n);
+};
+
+/* [N3] */
+INLINE float tree(float s[16])
+{
+    for (int step = 8; step > 0; step /= 2)
+        for (int i = 0; i < step; i++)
+            s[i] += s[i + step];
+    return s[0];
+}
+
+/* The integer weight of a packed matrix inside a block (row < 16, column < 64). */
+static int quant_of(const unsigned char *block, enum type type, int row, int column)
+{
+    if (type == Q8)
+        return (int8_t)block[column / 4 * 64 + 4 * row + column % 4];
+    int line = column / 32 * 4 + column % 32 / 8, byte = block[line * 64 + 4 * row + column % 4];
+    return (column % 8 < 4 ? byte & 15 : byte >> 4) - (type == Q4 ? 8 : 0);
+}
+
+/* Its scale (which 0) or minimum (which 1). */
+static float scale_of(const unsigned char *block, enum type type, int row, int group, int which)
+{
+    size_t quants = type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2;
+    return from_half(load_u16(block + quants + (size_t)(which * 64 + group * 32 + row * 2)));
+}
+
+static const unsigned char *block_of(const struct matrix *w, int strip, int block)
+{
+    return w->data + ((size_t)strip * blocks(w->cols) + (size_t)block) * (matrix_bytes(w->type, STRIP, BLOCK));
+}
+
+/* [N2]. Also the definition of what a packed matrix means. */
+static void matmul_packed(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n)
+{
+    for (int r = 0; r < n; r++)
+        for (int row = 0; row < STRIP; row++) {
+            float acc = 0;
+            for (int group = 0; group < 2 * (int)blocks(w->cols); group++) {
+                const unsigned char *block = block_of(w, strip, group / 2);
+                size_t at = (size_t)group * (size_t)x->n + (size_t)(r0 + r);
+                int32_t isum = 0;
+                for (int i = 0; i < GROUP; i++)
+                    isum += quant_of(block, w->type, row, group % 2 * GROUP + i) * x->q[at * GROUP + (size_t)i];
+                acc = fma_((float)isum, scale_of(block, w->type, row, group % 2, 0) * x->scale[at], acc);
+                if (w->type == Q4A)
+                    acc = fma_(scale_of(block, w->type, row, group % 2, 1), x->offset[at], acc);
+            }
+            tile[r * STRIP + row] = acc;
+        }
+}
+
+INLINE float float_weight(const struct matrix *w, size_t i)
+{
+    const unsigned char *data = w->data;
+    return w->type == F32 ? ((const float *)(const void *)data)[i]
+         : w->type == F16 ? from_half(load_u16(data + 2 * i)) : from_bf16(load_u16(data + 2 * i));
+}
+
+/* [N3] */
+static void matmul_float(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n)
+{
+    for (int r = 0; r < n; r++)
+        for (int row = 0; row < STRIP && strip * STRIP + row < w->rows; row++) {
+            size_t at = (size_t)(strip * STRIP + row) * (size_t)w->cols;
+            float s[16] = { 0 };
+            for (int k = 0; k < w->cols; k++)
+                s[k % 16] = fma_(float_weight(w, at + (size_t)k), x->x[(size_t)(r0 + r) * x->stride + (size_t)k], s[k % 16]);
+            tile[r * STRIP + row] = tree(s);
+        }
+}
+
+/* The operations below are written once, inline, and compiled for every instruction set: they
+   are plain loops over independent elements, which compilers turn into vector code. */
+
+INLINE int rmsnorm_(float *out, const float *x, const float *w, int n, float eps)
+{
+    float s[16] = { 0 };
+    int k = 0;
+    for (; k + 16 <= n; k += 16)
+        for (int i = 0; i < 16; i++)
+            s[i] = fma_(x[k + i], x[k + i], s[i]);
+    for (int i = 0; k + i < n; i++)
+        s[i] = fma_(x[k + i], x[k + i], s[i]);
+    float sum = tree(s), scale = 1.0f / __builtin_sqrtf(sum / (float)n + eps);
+    for (int i = 0; i < n; i++)
+        out[i] = w[i] * (x[i] * scale);
+    return !(sum <= FLT_MAX);
+}
+
+/* [N6] */
+INLINE int quantize_(const struct input *in, int row, int g0, int g1)
+{
+    int bad = 0;
+    for (int g = g0; g < g1; g++) {
+        float x[GROUP];
+        size_t at = (size_t)g * (size_t)in->n + (size_t)row;
+        int8_t *q = in->q + at * GROUP;
+        int left = in->cols - g * GROUP, valid = left < 0 ? 0 : left < GROUP ? left : GROUP;
+        const float *from = in->x + (size_t)row * in->stride + (size_t)g * GROUP;
+        if (valid == GROUP)
+            memcpy(x, from, sizeof x);
+        else
+            for (int i = 0; i < GROUP; i++)
+                x[i] = i < valid ? from[i] : 0;
+        int32_t largest = 0; /* floats without sign compare as integers */
+        for (int i = 0; i < GROUP; i++) {
+            int32_t magnitude = (int32_t)(bits_of(x[i]) & 0x7fffffff);
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        float amax = from_bits((uint32_t)largest), inverse = 127.0f / amax, scale = amax / 127.0f;
+        if (!(amax >= 0x1p-100f && amax <= FLT_MAX)) {
+            bad |= !(amax <= FLT_MAX);
+            inverse = scale = 0;
+            memset(x, 0, sizeof x);
+        }
+        int32_t sum = 0;
+        for (int i = 0; i < GROUP; i++) {
+            /* after this addition the low bits of the float are the rounded integer */
+            int32_t rounded = (int32_t)bits_of(x[i] * inverse + 0x1.8p23f) - 0x4b400000;
+            q[i] = (int8_t)rounded;
+            sum += rounded;
+        }
+        in->scale[at] = scale;
+        in->sum[at] = sum;
+        in->offset[at] = scale * (float)sum;
+    }
+    return bad;
+}
+
+INLINE void glu_(float *gate, const float *up, int n, enum activation activation)
+{
+    if (activation == SILU)
+        for (int i = 0; i < n; i++)
+            gate[i] = silu(gate[i]) * up[i];
+    else if (activation == GELU)
+        for (int i = 0; i < n; i++)
+            gate[i] = gelu(gate[i]) * up[i];
+    else
+        for (int i = 0; i < n; i++)
+            gate[i] = gelu_tanh(gate[i]) * up[i];
+}
+
+/* Pairs are (i, i + pairs) as in Hugging Face's models or (2 i, 2 i + 1) as in Meta's. */
+INLINE void rope_(float *x, const float *table, int pairs, int interleaved)
+{
+    for (int i = 0; i < pairs; i++) {
+        float *a = interleaved ? x + 2 * i : x + i, *b = interleaved ? a + 1 : a + pairs;
+        float cosine = table[2 * i], sine = table[2 * i + 1], first = *a, second = *b;
+        *a = fma_(first, cosine, -(second * sine));
+        *b = fma_(second, cosine, first * sine);
+    }
+}
+
+/* Scores of a block become probabilities relative to its maximum; returns their sum. [N4] */
+INLINE float softmax_block(float s[64], struct query *q, float scale, float cap, float *max)
+{
+    float top = -INFINITY, lanes[16] = { 0 };
+    for (int i = 0; i < 64; i++) {
+        s[i] = s[i] * scale;
+        if (cap > 0)
+            s[i] = cap * tanh_(s[i] / cap);
+    }
+    for (int i = q->first; i < q->end; i++)
+        top = s[i] > top ? s[i] : top;
+    for (int i = 0; i < 64; i++)
+        s[i] = i >= q->first && i < q->end ? exp_(s[i] - top) : 0.0f;
+    for (int i = 0; i < 64; i += 16)
+        for (int j = 0; j < 16; j++)
+            lanes[j] += s[i + j];
+    *max = top;
+    return tree(lanes);
+}
+
+/* Adds a block's result [hd] to the running one: both are brought to the larger maximum. [N4] */
+INLINE void merge_block(struct query *q, const float *out, float max, float sum, int hd)
+{
+    float larger = max > q->max ? max : q->max;
+    float before = q->sum > 0 ? exp_(q->max - larger) : 0.0f, now = exp_(max - larger);
+    q->max = larger;
+    q->sum = fma_(q->sum, before, sum * now);
+    for (int i = 0; i < hd; i++)
+        q->out[i] = fma_(q->out[i], before, out[i] * now);
+}
+
+/* Where in a block of the cache lies dimension d of position i: keys interleave 16 positions,
+   values are rows. */
+INLINE size_t key_at(int i, int d, int hd) { return (size_t)(i / 16 * 16) * (size_t)hd + (size_t)(d * 16 + i % 16); }
+INLINE size_t value_at(int i, int d, int hd) { return (size_t)i * (size_t)hd + (size_t)d; }
+
+INLINE float cached(const void *cache, size_t i, int f32)
+{
+    return f32 ? ((const float *)cache)[i] : from_half(((const uint16_t *)cache)[i]);
+}
+
+INLINE void attend_plainly(struct query *queries, int n, const void *keys, const void *values, int hd,
+                           float scale, float cap, int f32)
+{
+    for (struct query *q = queries; q < queries + n; q++) {
+        float s[64] = { 0 }, out[1024], max;
+        for (int i = q->first; i < q->end; i++)
+            for (int d = 0; d < hd; d++)
+                s[i] = fma_(q->q[d], cached(keys, key_at(i, d, hd), f32), s[i]);
+        float sum = softmax_block(s, q, scale, cap, &max);
+        for (int d = 0; d < hd; d++) {
+            out[d] = 0;
+            for (int i = q->first; i < q->end; i++)
+                out[d] = fma_(s[i], cached(values, value_at(i, d, hd), f32), out[d]);
+        }
+        merge_block(q, out, max, sum, hd);
+    }
+}
+
+INLINE double exp_sum_(const float *x, int n, float max, float scale)
+{
+    double s[16] = { 0 };
+    float e[16];
+    int k = 0;
+    for (; k + 16 <= n; k += 16) {
+        for (int i = 0; i < 16; i++)
+            e[i] = exp_((x[k + i] - max) * scale);
+        for (int i = 0; i < 16; i++)
+            s[i] += (double)e[i];
+    }
+    for (int i = 0; k + i < n; i++)
+        s[i] += (double)exp_((x[k + i] - max) * scale);
+    for (int step = 8; step > 0; step /= 2)
+        for (int i = 0; i < step; i++)
+            s[i] += s[i + step];
+    return s[0];
+}
+
+INLINE uint64_t read_(const uint64_t *words, size_t n)
+{
+    uint64_t sums[8] = { 0 };
+    for (size_t i = 0; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++)
+            sums[j] += words[i + (size_t)j];
+    return sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7];
+}
+
+/* Wraps the inline operations into functions of one instruction set. */
+#define INSTANTIATE(set)                                                                                   \
+    static int rmsnorm_##set(float *o, const float *x, const float *w, int n, float e)                     \
+    { return rmsnorm_(o, x, w, n, e); }                                                                    \
+    static int quantize_##set(const struct input *in, int row, int g0, int g1)                             \
+    { return quantize_(in, row, g0, g1); }                                                                 \
+    static void glu_##set(float *g, const float *u, int n, enum activation a) { glu_(g, u, n, a); }        \
+    static void rope_##set(float *x, const float *t, int pairs, int i) { rope_(x, t, pairs, i); }          \
+    static double exp_sum_##set(const float *x, int n, float m, float s) { return exp_sum_(x, n, m, s); }  \
+    static uint64_t read_##set(const uint64_t *words, size_t n) { return read_(words, n); }
+
+INSTANTIATE(scalar)
+
+static void attend_scalar_f16(struct query *q, int n, const void *k, const void *v, int hd, float s, float c)
+{ attend_plainly(q, n, k, v, hd, s, c, 0); }
+static void attend_scalar_f32(struct query *q, int n, const void *k, const void *v, int hd, float s, float c)
+{ attend_plainly(q, n, k, v, hd, s, c, 1); }
+
+static const struct kernels kernels_scalar = {
+    "scalar",
+    { matmul_float, matmul_float, matmul_float, matmul_packed, matmul_packed, matmul_packed },
+    rmsnorm_scalar, quantize_scalar, glu_scalar, rope_scalar,
+    { attend_scalar_f16, attend_scalar_f32 }, exp_sum_scalar, read_scalar,
+};
+
+/* -- threads: a team runs one function, with barriers and a shared counter inside --
+
+   The counter hands out pieces of work, so that a slow core takes fewer. [T1] Between two
+   barriers there is at most one counted loop; the barrier resets the counter. */
+
+struct team {
+    int size;                       /* threads, the caller included */
+    int active;                     /* of them in the present run: 1 or size */
+    atomic_int next;                /* the counter */
+    atomic_int arrived, sleepers;
+    atomic_uint generation;         /* of the barrier */
+    pthread_mutex_t mutex;          /* for those who wait long */
+    pthread_cond_t wake;
+    void (*work)(void *context, int me);
+    void *context;
+    pthread_t *threads;             /* [size - 1]; NULL with OpenMP, which keeps its own */
+    atomic_uint job;                /* counts runs; the last one ends the threads */
+    int quit;
+};
+
+INLINE void pause_(void)
+{
+#ifdef __x86_64__
+    _mm_pause();
+#else
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Waits until *word is no longer `old`: spins for some microseconds, then sleeps. */
+static void await(struct team *t, atomic_uint *word, unsigned old)
+{
+    for (int i = 0; i < 3000; i++) {
+        if (atomic_load_explicit(word, memory_order_acquire) != old)
+            return;
+        pause_();
+    }
+    pthread_mutex_lock(&t->mutex);
+    atomic_fetch_add(&t->sleepers, 1);
+    while (atomic_load(word) == old)
+        pthread_cond_wait(&t->wake, &t->mutex);
+    atomic_fetch_sub(&t->sleepers, 1);
+    pthread_mutex_unlock(&t->mutex);
+}
+
+static void announce(struct team *t, atomic_uint *word)
+{
+    atomic_fetch_add(word, 1);
+    if (atomic_load(&t->sleepers)) {
+        pthread_mutex_lock(&t->mutex);
+        pthread_cond_broadcast(&t->wake);
+        pthread_mutex_unlock(&t->mutex);
+    }
+}
+
+static void barrier(struct team *t)
+{
+    unsigned generation = atomic_load(&t->generation);
+    if (t->active == 1) {
+        t->next = 0;
+    } else if (atomic_fetch_add(&t->arrived, 1) == t->active - 1) {
+        atomic_store(&t->arrived, 0);
+        atomic_store(&t->next, 0);
+        announce(t, &t->generation);
+    } else {
+        await(t, &t->generation, generation);
+    }
+}
+
+/* The next piece [*begin, *end) of `total`; 0 when nothing is left. */
+static int next_piece(struct team *t, int total, int grain, int *begin, int *end)
+{
+    *begin = atomic_fetch_add_explicit(&t->next, grain, memory_order_relaxed);
+    if (*begin >= total)
+        return 0;
+    *end = total - *begin < grain ? total : *begin + grain;
+    return 1;
+}
+
+/* Rounding to nearest, no flush to zero, whatever the host program has set. */
+static uint64_t set_float_mode(uint64_t mode)
+{
+    uint64_t before;
+#ifdef __x86_64__
+    before = _mm_getcsr();
+    _mm_setcsr((unsigned)mode);
+#else
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+#endif
+    return before;
+}
+
+#ifdef __x86_64__
+static const uint64_t plain_float_mode = 0x1f80;
+#else
+static const uint64_t plain_float_mode = 0;
+#endif
+
+static void work_plainly(struct team *t, int me)
+{
+    uint64_t before = set_float_mode(plain_float_mode);
+    t->work(t->context, me);
+    set_float_mode(before);
+}
+
+/* Runs work(context, 0 .. active - 1), on the caller alone if it is small. */
+static void team_run(struct team *t, int alone, void (*work)(void *, int), void *context)
+{
+    t->work = work;
+    t->context = context;
+    t->active = alone ? 1 : t->size;
+    atomic_store(&t->next, 0);
+    if (t->active == 1) {
+        work_plainly(t, 0);
+        return;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(t->size)
+    {
+#pragma omp single
+        t->active = omp_get_num_threads();
+        work_plainly(t, omp_get_thread_num());
+    }
+#else
+    announce(t, &t->job);
+    work_plainly(t, 0);
+    barrier(t);
+#endif
+}
+
+#ifndef _OPENMP
+struct member {
+    struct team *team;
+    int number;
+};
+
+static void *member_main(void *argument)
+{
+    struct member member = *(struct member *)argument;
+    struct team *t = member.team;
+    free(argument);
+    for (unsigned job = 0;; job++) {
+        await(t, &t->job, job);
+        if (t->quit)
+            return NULL;
+        work_plainly(t, member.number);
+        barrier(t);
+    }
+}
+#endif
+
+static void team_close(struct team *t)
+{
+#ifndef _OPENMP
+    t->quit = 1;
+    announce(t, &t->job);
+    for (int i = 0; i < t->size - 1; i++)
+        pthread_join(t->threads[i], NULL);
+    free(t->threads);
+#endif
+    pthread_mutex_destroy(&t->mutex);
+    pthread_cond_destroy(&t->wake);
+}
+
+static int team_open(struct team *t, int size, run_error *error)
+{
+    memset(t, 0, sizeof *t);
+    pthread_mutex_init(&t->mutex, NULL);
+    pthread_cond_init(&t->wake, NULL);
+    t->size = t->active = 1;
+#ifdef _OPENMP
+    (void)error;
+    t->size = size;
+#else
+    if (!(t->threads = calloc((size_t)size, sizeof *t->threads)))
+        return fail(error, "out of memory");
+    for (; t->size < size; t->size++) {
+        struct member *member = malloc(sizeof *member);
+        if (member)
+            *member = (struct member){ t, t->size };
+        if (!member || pthread_create(&t->threads[t->size - 1], NULL, member_main, member)) {
+            free(member);
+            team_close(t);
+            return fail(error, "cannot start %d threads", size);
+        }
+    }
+#endif
+    return 0;
+}
+
+#ifdef __linux__
+/* The first number in a small file of the kernel's, or `otherwise`. */
+static long read_number(const char *path, long otherwise)
+{
+    char text[64] = "";
+    FILE *file = fopen(path, "r");
+    if (!file)
+        return otherwise;
+    if (!fgets(text, sizeof text, file))
+        text[0] = '\0';
+    fclose(file);
+    return *text >= '0' && *text <= '9' ? strtol(text, NULL, 10) : otherwise;
+}
+#endif
+
+/* Physical cores that this process may use: its affinity, less hyper-threads, within the cgroup's quota. */
+static int default_threads(void)
+{
+    int n = 0;
+#ifdef __linux__
+    uint64_t mask[64] = { 0 };      /* of processors, a bit each */
+    if (syscall(SYS_sched_getaffinity, 0, sizeof mask, mask) > 0)
+        for (int i = 0; i < 4096; i++) {
+            char path[100];
+            if (!(mask[i / 64] >> i % 64 & 1))
+                continue;
+            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", i);
+            long first = read_number(path, i); /* its lowest sibling stands for a core */
+            n += first >= i || !(mask[first / 64] >> first % 64 & 1);
+        }
+    long quota = -1, period = 100000;
+    FILE *file = fopen("/sys/fs/cgroup/cpu.max", "r");
+    if (file) {
+        if (fscanf(file, "%ld %ld", &quota, &period) < 1)
+            quota = -1;
+        fclose(file);
+    } else {
+        quota = read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1);
+        period = read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", 100000);
+    }
+    if (quota > 0 && period > 0 && (quota + period - 1) / period < n)
+        n = (int)((quota + period - 1) / period);
+#else
+    n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    return n < 1 ? 1 : n > 256 ? 256 : n;
+}
+
+/* -- a session: tokens, their keys and values, and the work space of a forward pass --
+
+   The cache of a layer and head is a row of blocks of 64 positions: keys [64, hd] with 16
+   positions interleaved, then values [64, hd]. Block i of a layer lies in slot i modulo its
+   number of slots; a layer with a sliding window has just enough of them. The memory is
+   reserved at once and becomes real when it is first written.
+
+   [S1] positions 0 .. length - 1 of `tokens` are in the cache, as far as a window can see them;
+   [S2] `written` positions have ever been written, so that slots hold the newest blocks below. */
+
+enum { CHUNK = 64, LOGIT_ROWS = 16 };   /* rows of a forward pass; those that get logits */
+
+struct run_session {
+    const struct run_model *model;
+    unsigned char *cache;
+    size_t cache_bytes;
+    size_t *layer_at;                   /* [layers] offset of a layer's blocks */
+    int *slots;                         /* [layers] blocks that a layer keeps of each head */
+    int *tokens;                        /* [context] */
+    int context, length, written, cache_f32;
+    int wanted;                         /* rows of logits from the last pass */
+    struct pass *pass;
+    float *candidates;                  /* [vocab] for the sampler */
+    int *order;                         /* [vocab] likewise */
+    void (*observer)(void *context, const char *point, int layer, const float *values, int n, int width);
+    void *observer_context;
+};
+
+struct row {                            /* of a forward pass */
+    run_session *session;
+    const float *vector;                /* [dim] in place of a token's embedding, or NULL */
+    int token, position;
+    int wanted;                         /* its logits are */
+};
+
+struct thread_space {                   /* what a thread has for itself */
+    struct input norm, att;             /* of a pass so small that each thread prepares it alone */
+    struct query *queries;              /* [TILE heads / kv] */
+};
+
+struct pass {
+    const struct run_model *model;
+    struct team team;
+    int n, wanted, alone;               /* alone: every thread prepares all rows, without a barrier */
+    int n_tiles;
+    struct row rows[CHUNK];
+    struct { int first, end; } tiles[CHUNK]; /* at most TILE rows of one session */
+    int wanted_rows[LOGIT_ROWS];
+    atomic_int bad;                     /* 0, or 1 + layer * CHUNK + row of something not finite */
+    struct input norm, att, hid, last;  /* operands of matrices: [n, dim], [n, heads hd], [n, hidden], [wanted, dim] */
+    float *x;                           /* [n, dim] the residual stream */
+    float *q;                           /* [n, heads hd] */
+    float *k, *v;                       /* [n, kv hd] */
+    float *branch;                      /* [n, dim] what a layer adds, if a norm comes before */
+    float *rope;                        /* [n, rope_dims] cos, sin, cos, sin ... */
+    float *logits;                      /* [LOGIT_ROWS, vocab] */
+    struct thread_space *threads;
+};
+
+/* All memory that grows on use: zero, and real only where touched. */
+static void *reserve(size_t bytes)
+{
+    void *memory = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+static int input_open(struct input *in, int rows, int cols, int own_x)
+{
+    size_t cells = 2 * blocks(cols) * (size_t)rows;
+    in->stride = blocks(cols) * BLOCK;
+    in->cols = cols;
+    if (own_x)
+        in->x = calloc((size_t)rows * in->stride, sizeof *in->x);
+    in->q = calloc(cells, GROUP);
+    in->scale = calloc(cells, sizeof *in->scale);
+    in->offset = calloc(cells, sizeof *in->offset);
+    in->sum = calloc(cells, sizeof *in->sum);
+    return (in->x || !own_x) && in->q && in->scale && in->offset && in->sum ? 0 : -1;
+}
+
+static void input_close(struct input *in, int own_x)
+{
+    if (own_x)
+        free(in->x);
+    free(in->q);
+    free(in->scale);
+    free(in->offset);
+    free(in->sum);
+}
+
+enum { ALONE = 2 };                     /* so few rows that preparing them twice costs less than a barrier */
+
+static void pass_close(struct pass *p)
+{
+    if (!p)
+        return;
+    for (int i = 0; p->threads && i < p->team.size; i++) {
+        input_close(&p->threads[i].norm, 1);
+        input_close(&p->threads[i].att, 0);
+        free(p->threads[i].queries);
+    }
+    team_close(&p->team);
+    input_close(&p->norm, 1);
+    input_close(&p->att, 1);
+    input_close(&p->hid, 1);
+    input_close(&p->last, 1);
+    free(p->threads);
+    free(p->x);
+    free(p->q);
+    free(p->k);
+    free(p->v);
+    free(p->branch);
+    free(p->rope);
+    free(p->logits);
+    free(p);
+}
+
+static struct pass *pass_open(const struct run_model *m, int threads, run_error *error)
+{
+    const struct config *c = &m->config;
+    size_t dim = (size_t)c->dim, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv * c->hd);
+    struct pass *p = calloc(1, sizeof *p);
+    if (!p || team_open(&p->team, threads, error)) {
+        free(p);
+        return NULL;
+    }
+    p->model = m;
+    int bad = input_open(&p->norm, CHUNK, c->dim, 1) | input_open(&p->att, CHUNK, (int)q, 1) |
+              input_open(&p->hid, CHUNK, c->hidden, 1) | input_open(&p->last, LOGIT_ROWS, c->dim, 1);
+    bad |= !(p->x = calloc(CHUNK * dim, sizeof(float)));
+    bad |= !(p->q = calloc(CHUNK * q, sizeof(float)));
+    bad |= !(p->k = calloc(CHUNK * kv, sizeof(float)));
+    bad |= !(p->v = calloc(CHUNK * kv, sizeof(float)));
+    bad |= !(p->branch = calloc(CHUNK * dim, sizeof(float)));
+    bad |= !(p->rope = calloc(CHUNK * (size_t)c->rope_dims + 1, sizeof(float)));
+    bad |= !(p->logits = calloc(LOGIT_ROWS * (size_t)c->vocab, sizeof(float)));
+    bad |= !(p->threads = calloc((size_t)threads, sizeof *p->threads));
+    for (int i = 0; i < threads && !bad; i++) {
+        struct thread_space *t = &p->threads[i];
+        bad |= input_open(&t->norm, ALONE, c->dim, 1) | input_open(&t->att, ALONE, (int)q, 0);
+        bad |= !(t->queries = calloc((size_t)(TILE * (c->heads / c->kv)), sizeof *t->queries));
+        t->att.x = p->att.x;
+    }
+    if (bad) {
+        fail(error, "out of memory for the work space of a session");
+        pass_close(p);
+        return NULL;
+    }
+    return p;
+}
+
+/* Blocks of 64 positions that a layer keeps. */
+static int slots_of(const struct layer *l, int context)
+{
+    int all = (int)(((int64_t)context + BLOCK - 1) / BLOCK);
+    int64_t seen = ((int64_t)l->window + CHUNK + BLOCK - 1) / BLOCK + 1;
+    return l->window && seen < all ? (int)seen : all;
+}
+
+static size_t cache_bytes(const struct run_model *m, int context, int f32)
+{
+    size_t bytes = 0;
+    for (int i = 0; i < m->config.layers; i++)
+        bytes += (size_t)slots_of(&m->layers[i], context) * (size_t)(m->config.kv * m->config.hd) * BLOCK * 2 * (f32 ? 4 : 2);
+    return bytes;
+}
+
+void run_session_close(run_session *s)
+{
+    if (!s)
+        return;
+    if (s->cache)
+        munmap(s->cache, s->cache_bytes);
+    pass_close(s->pass);
+    free(s->layer_at);
+    free(s->slots);
+    free(s->tokens);
+    free(s->candidates);
+    free(s->order);
+    free(s);
+}
+
+run_session *run_session_open(const run_model *m, const run_options *options, run_error *error)
+{
+    run_options o = { 0 };
+    if (options)
+        o = *options;
+    int threads = o.threads > 0 ? o.threads : default_threads();
+    run_session *s = calloc(1, sizeof *s);
+    if (!s || o.context < 0 || threads > 1024) {
+        fail(error, s ? "a session needs a context of at least 1 and at most 1024 threads" : "out of memory");
+        free(s);
+        return NULL;
+    }
+    s->model = m;
+    s->cache_f32 = o.cache_f32 != 0;
+    s->context = o.context ? o.context : m->config.context;
+    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    while (!o.context && pages > 0 && s->context > 512 &&
+           cache_bytes(m, s->context, s->cache_f32) / 2 > (size_t)pages * (size_t)page / 4)
+        s->context /= 2; /* memory permitting: half of it */
+    s->cache_bytes = cache_bytes(m, s->context, s->cache_f32);
+    s->layer_at = calloc((size_t)m->config.layers, sizeof *s->layer_at);
+    s->slots = calloc((size_t)m->config.layers, sizeof *s->slots);
+    s->tokens = calloc((size_t)s->context, sizeof *s->tokens);
+    s->candidates = calloc((size_t)m->config.vocab, sizeof *s->candidates);
+    s->order = calloc((size_t)m->config.vocab, sizeof *s->order);
+    s->cache = reserve(s->cache_bytes);
+    if (!s->layer_at || !s->slots || !s->tokens || !s->candidates || !s->order || !s->cache) {
+        fail(error, "out of memory for a cache of %d positions (%zu MB); ask for a smaller context", s->context,
+             s->cache_bytes >> 20);
+        run_session_close(s);
+        return NULL;
+    }
+    size_t at = 0;
+    for (int i = 0; i < m->config.layers; i++) {
+        s->slots[i] = slots_of(&m->layers[i], s->context);
+        s->layer_at[i] = at;
+        at += (size_t)s->slots[i] * (size_t)(m->config.kv * m->config.hd) * BLOCK * 2 * (s->cache_f32 ? 4 : 2);
+    }
+    if (!(s->pass = pass_open(m, threads, error))) {
+        run_session_close(s);
+        return NULL;
+    }
+    return s;
+}
+
+/* The keys of a head's block of positions; the values follow them. */
+static unsigned char *keys_of(const run_session *s, int layer, int head, int block)
+{
+    size_t size = (size_t)s->model->config.hd * BLOCK * 2 * (s->cache_f32 ? 4 : 2);
+    return s->cache + s->layer_at[layer] + ((size_t)head * (size_t)s->slots[layer] + (size_t)(block % s->slots[layer])) * size;
+}
+
+run_session *run_session_fork(const run_session *s, run_error *error)
+{
+    run_options o = { s->context, s->pass->team.size, s->cache_f32 };
+    run_session *f = run_session_open(s->model, &o, error);
+    if (!f)
+        return NULL;
+    const struct config *c = &s->model->config;
+    size_t block = (size_t)c->hd * BLOCK * 2 * (s->cache_f32 ? 4 : 2);
+    for (int i = 0; i < c->layers; i++) { /* only what has been written, so that the rest stays unreal */
+        int used = (s->written + BLOCK - 1) / BLOCK;
+        used = used < s->slots[i] ? used : s->slots[i];
+        for (int h = 0; h < c->kv; h++)
+            memcpy(keys_of(f, i, h, 0), keys_of(s, i, h, 0), (size_t)used * block);
+    }
+    memcpy(f->tokens, s->tokens, (size_t)s->length * sizeof *s->tokens);
+    f->length = s->length;
+    f->written = s->written;
+    f->wanted = s->wanted;
+    memcpy(f->pass->logits, s->pass->logits, (size_t)s->wanted * (size_t)c->vocab * sizeof(float));
+    return f;
+}
+
+int run_position(const run_session *s) { return s->length; }
+int run_context(const run_session *s) { return s->context; }
+
+const float *run_logits(const run_session *s)
+{
+    return s->wanted ? s->pass->logits + (size_t)(s->wanted - 1) * (size_t)s->model->config.vocab : NULL;
+}
+
+/* -- the verbs of forward() -- */
+
+static void note(struct pass *p, int bad, int layer, int row)
+{
+    int mark = 1 + layer * CHUNK + row, before = atomic_load(&p->bad);
+    while (bad && (!before || mark < before) && !atomic_compare_exchange_weak(&p->bad, &before, mark))
+        ;
+}
+
+static void embed(struct pass *p, int me)
+{
+    const struct matrix *w = &p->model->embedding;
+    int dim = w->cols;
+    for (int r = me; r < p->n; r += p->team.active) {
+        int token = p->rows[r].token, row = token % STRIP;
+        float *x = p->x + (size_t)r * (size_t)dim;                     /* [dim] */
+        if (p->rows[r].vector) {
+            memcpy(x, p->rows[r].vector, (size_t)dim * sizeof *x);
+            continue;
+        }
+        for (int i = 0; i < dim; i++) {
+            if (w->type <= BF16) {
+                x[i] = float_weight(w, (size_t)token * (size_t)dim + (size_t)i);
+            } else {
+                const unsigned char *block = block_of(w, token / STRIP, i / BLOCK);
+                float q = (float)quant_of(block, w->type, row, i % BLOCK), d = scale_of(block, w->type, row, i % BLOCK / GROUP, 0);
+                x[i] = fma_(q, d, w->type == Q4A ? scale_of(block, w->type, row, i % BLOCK / GROUP, 1) : 0.0f);
+            }
+            x[i] *= p->model->config.embedding_scale;
+        }
+    }
+}
+
+/* cos and sin of every row's position, [n, rope_dims]. */
+static void rope_angles(struct pass *p, int me)
+{
+    int pairs = p->model->config.rope_dims / 2;
+    for (int r = me; r < p->n; r += p->team.active)
+        for (int i = 0; i < pairs; i++) {
+            float *at = p->rope + (size_t)r * (size_t)(2 * pairs) + 2 * i;
+            sine_cosine((double)((float)p->rows[r].position * p->model->rope[i]), &at[1], &at[0]);
+            at[0] *= p->model->config.rope_factor;
+            at[1] *= p->model->config.rope_factor;
+        }
+}
+
+/* A matrix operand from the residual stream: normalised, and as int8 too if the weights want it.
+   Few rows are prepared by every thread for itself. */
+static const struct input *normalize(struct pass *p, int me, int layer, const float *w)
+{
+    const struct run_model *m = p->model;
+    struct input *in = p->alone ? &p->threads[me].norm : &p->norm;
+    for (int r = p->alone ? 0 : me; r < p->n; r += p->alone ? 1 : p->team.active) {
+        note(p, m->kernels->rmsnorm(in->x + (size_t)r * in->stride, p->x + (size_t)r * (size_t)m->config.dim, w,
+                                    m->config.dim, m->config.eps), layer, r);
+        if (m->has_packed)
+            note(p, m->kernels->quantize(in, r, 0, 2 * (int)blocks(in->cols)), layer, r);
+    }
+    if (!p->alone)
+        barrier(&p->team);
+    return in;
+}
+
+/* The same from the attention's output, which needs no norm. */
+static const struct input *attention_output(struct pass *p, int me, int layer)
+{
+    struct input *in = p->alone ? &p->threads[me].att : &p->att;
+    if (!p->model->has_packed)
+        return in;
+    for (int r = p->alone ? 0 : me; r < p->n; r += p->alone ? 1 : p->team.active)
+        note(p, p->model->kernels->quantize(in, r, 0, 2 * (int)blocks(in->cols)), layer, r);
+    if (!p->alone)
+        barrier(&p->team);
+    return in;
+}
+
+struct product {                    /* out [n, stride] (+)= in . w^T + bias */
+    const struct matrix *w;
+    float *out;
+    size_t stride;
+    const float *bias;
+    int add;
+};
+
+/* Matrix products with one operand, side by side: strips of all of them are one list of work. */
+static void multiply(struct pass *p, const struct product *products, int n_products, const struct input *in)
+{
+    int total = 0, begin, end;
+    for (int i = 0; i < n_products; i++)
+        total += (int)strips(products[i].w->rows);
+    int grain = total / (8 * p->team.active) + 1;
+    while (next_piece(&p->team, total, grain, &begin, &end))
+        for (int piece = begin; piece < end; piece++) {
+            const struct product *a = products;
+            int strip = piece;
+            for (; strip >= (int)strips(a->w->rows); a++)
+                strip -= (int)strips(a->w->rows);
+            int row = strip * STRIP, rows = a->w->rows - row < STRIP ? a->w->rows - row : STRIP;
+            for (int r0 = 0; r0 < in->n; r0 += TILE) {
+                float tile[TILE * STRIP];
+                int n = in->n - r0 < TILE ? in->n - r0 : TILE;
+                p->model->kernels->matmul[a->w->type](tile, a->w, strip, in, r0, n);
+                for (int r = 0; r < n; r++) {
+                    float *out = a->out + (size_t)(r0 + r) * a->stride + row, *from = tile + r * STRIP;
+                    for (int i = 0; a->bias && i < rows; i++)
+                        from[i] += a->bias[row + i];
+                    for (int i = 0; i < rows; i++)
+                        out[i] = a->add ? out[i] + from[i] : from[i];
+                }
+            }
+        }
+}
+
+/* gate = activation(in . gate^T) * (in . up^T), as floats and int8: [n, hidden]. A piece of work is
+   32 units, one group of the next operand. */
+static void feed_forward(struct pass *p, int layer, const struct input *in)
+{
+    const struct layer *l = &p->model->layers[layer];
+    const struct kernels *kernels = p->model->kernels;
+    int hidden = l->gate.rows, total = 2 * (int)blocks(hidden), begin, end;
+    int grain = total / (8 * p->team.active) + 1;
+    while (next_piece(&p->team, total, grain, &begin, &end))
+        for (int group = begin; group < end; group++)
+            for (int r0 = 0; r0 < in->n; r0 += TILE) {
+                int n = in->n - r0 < TILE ? in->n - r0 : TILE;
+                for (int row = group * GROUP; row < hidden && row < (group + 1) * GROUP; row += STRIP) {
+                    float gate[TILE * STRIP], up[TILE * STRIP];
+                    int rows = hidden - row < STRIP ? hidden - row : STRIP;
+                    kernels->matmul[l->gate.type](gate, &l->gate, row / STRIP, in, r0, n);
+                    kernels->matmul[l->up.type](up, &l->up, row / STRIP, in, r0, n);
+                    for (int r = 0; r < n; r++) {
+                        float *g = gate + r * STRIP, *u = up + r * STRIP;
+                        for (int i = 0; l->gate_bias && i < rows; i++)
+                            g[i] += l->gate_bias[row + i];
+                        for (int i = 0; l->up_bias && i < rows; i++)
+                            u[i] += l->up_bias[row + i];
+                        kernels->glu(g, u, rows, p->model->config.activation);
+                        memcpy(p->hid.x + (size_t)(r0 + r) * p->hid.stride + row, g, (size_t)rows * sizeof *g);
+                    }
+                }
+                for (int r = r0; p->model->has_packed && r < r0 + n; r++)
+                    note(p, kernels->quantize(&p->hid, r, group, group + 1), layer, r);
+            }
+}
+
+/* For one key head and the query heads that share it: norms, rotation, and the keys and
+   values into the cache. */
+static void rotate_and_store(struct pass *p, int layer, int head, int first, int end)
+{
+    const struct config *c = &p->model->config;
+    const struct layer *l = &p->model->layers[layer];
+    const struct kernels *kernels = p->model->kernels;
+    int hd = c->hd, group = c->heads / c->kv, pairs = c->rope_dims / 2;
+    for (int r = first; r < end; r++) {
+        float *q = p->q + (size_t)r * (size_t)(c->heads * hd) + head * group * hd;  /* [group, hd] */
+        float *k = p->k + (size_t)r * (size_t)(c->kv * hd) + head * hd;             /* [hd] */
+        float *v = p->v + (size_t)r * (size_t)(c->kv * hd) + head * hd;             /* [hd] */
+        const float *angles = p->rope + (size_t)r * (size_t)(2 * pairs);
+        for (int i = 0; i < group; i++) {
+            if (l->q_norm)
+                kernels->rmsnorm(q + i * hd, q + i * hd, l->q_norm, hd, c->eps);
+            kernels->rope(q + i * hd, angles, pairs, c->rope_interleaved);
+        }
+        if (l->k_norm)
+            kernels->rmsnorm(k, k, l->k_norm, hd, c->eps);
+        kernels->rope(k, angles, pairs, c->rope_interleaved);
+
+        const run_session *s = p->rows[r].session;
+        int block = p->rows[r].position / BLOCK, i = p->rows[r].position % BLOCK;
+        unsigned char *keys = keys_of(s, layer, head, block);
+        if (s->cache_f32) {
+            float *to = (float *)(void *)keys;
+            for (int d = 0; d < hd; d++) {
+                to[key_at(i, d, hd)] = k[d];
+                to[BLOCK * hd + (int)value_at(i, d, hd)] = v[d];
+            }
+        } else {
+            uint16_t *to = (uint16_t *)(void *)keys;
+            for (int d = 0; d < hd; d++) {
+                to[key_at(i, d, hd)] = to_half(k[d]);
+                to[BLOCK * hd + (int)value_at(i, d, hd)] = to_half(v[d]);
+            }
+        }
+    }
+}
+
+/* One key head, rows [first, end) of one session, all the query heads that share it: block by
+   block, so that a cached key is read once for all of them. */
+static void attend(struct pass *p, int me, int layer, int head, int first, int end)
+{
+    const struct config *c = &p->model->config;
+    const run_session *s = p->rows[first].session;
+    struct query *queries = p->threads[me].queries;
+    int hd = c->hd, group = c->heads / c->kv, window = p->model->layers[layer].window, n = (end - first) * group;
+    int low = INT_MAX, high = 0;
+    for (int i = 0; i < n; i++) {
+        size_t at = (size_t)(first + i / group) * (size_t)(c->heads * hd) + (size_t)((head * group + i % group) * hd);
+        int position = p->rows[first + i / group].position, start = window && position >= window ? position - window + 1 : 0;
+        queries[i] = (struct query){ .q = p->q + at, .max = -INFINITY,
+                                     .out = p->att.x + (size_t)(first + i / group) * p->att.stride + (head * group + i % group) * hd };
+        memset(queries[i].out, 0, (size_t)hd * sizeof(float));
+        low = start < low ? start : low;
+        high = position > high ? position : high;
+    }
+    for (int block = low / BLOCK; block <= high / BLOCK; block++) {
+        const unsigned char *keys = keys_of(s, layer, head, block);
+        const unsigned char *values = keys + (size_t)(BLOCK * hd) * (s->cache_f32 ? 4 : 2);
+        int ready = 0;              /* queries [i - ready, i) see something of this block */
+        for (int i = 0; i <= n; i++) {
+            int sees = 0;
+            if (i < n) {
+                int position = p->rows[first + i / group].position - block * BLOCK;
+                queries[i].first = window && position >= window ? position - window + 1 : 0;
+                queries[i].end = position < BLOCK ? position + 1 : BLOCK;
+                sees = queries[i].first < queries[i].end;
+            }
+            if (ready == QUERIES || (ready && !sees)) {
+                p->model->kernels->attend[s->cache_f32](queries + i - ready, ready, keys, values, hd,
+                                                        c->attention_scale, c->attention_cap);
+                ready = 0;
+            }
+            ready += sees;
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int d = 0; d < hd; d++)
+            queries[i].out[d] /= queries[i].sum;
+}
+
+/* Rotation and attention of all heads and rows. If all rows are one tile, a head's keys are stored
+   by the thread that reads them. */
+static void attention(struct pass *p, int me, int layer)
+{
+    int heads = p->model->config.kv, begin, end;
+    if (p->n_tiles > 1) {
+        while (next_piece(&p->team, heads * p->n_tiles, 1, &begin, &end))
+            rotate_and_store(p, layer, begin % heads, p->tiles[begin / heads].first, p->tiles[begin / heads].end);
+        barrier(&p->team);
+    }
+    while (next_piece(&p->team, heads * p->n_tiles, 1, &begin, &end)) {
+        int first = p->tiles[begin / heads].first, last = p->tiles[begin / heads].end;
+        if (p->n_tiles == 1)
+            rotate_and_store(p, layer, begin, first, last);
+        attend(p, me, layer, begin % heads, first, last);
+    }
+    barrier(&p->team);
+}
+
+/* x += rmsnorm(branch), for layers that normalise what they add. */
+static void add_normalized(struct pass *p, int me, int layer, const float *w)
+{
+    const struct config *c = &p->model->config;
+    for (int r = me; r < p->n; r += p->team.active) {
+        float *branch = p->branch + (size_t)r * (size_t)c->dim, *x = p->x + (size_t)r * (size_t)c->dim;
+        note(p, p->model->kernels->rmsnorm(branch, branch, w, c->dim, c->eps), layer, r);
+        for (int i = 0; i < c->dim; i++)
+            x[i] += branch[i];
+    }
+    barrier(&p->team);
+}
+
+/* Hands rows to the sessions' observers. Costs one branch when there are none. */
+static void observe(struct pass *p, int me, const char *point, int layer, const float *values, size_t stride, int width)
+{
+    if (!p->rows[0].session->observer)
+        return;
+    barrier(&p->team);
+    for (int r = 0; me == 0 && r < p->n; r++) {
+        const run_session *s = p->rows[r].session;
+        if (s->observer)
+            s->observer(s->observer_context, point, layer, values + (size_t)r * stride, p->rows[r].position, width);
+    }
+    barrier(&p->team);
+}
+
+/* The transformer, as one thread of the team sees it. It runs n rows through all layers; the rows
+   are tokens of any sessions at any positions, and none depends on which others are there. */
+static void forward(void *context, int me)
+{
+    struct pass *p = context;
+    const struct run_model *m = p->model;
+    const struct config *c = &m->config;
+    size_t dim = (size_t)c->dim, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv * c->hd);
+
+    embed(p, me);                                                      /* x [n, dim] */
+    rope_angles(p, me);
+    barrier(&p->team);
+    observe(p, me, "embed", -1, p->x, dim, c->dim);
+
+    for (int i = 0; i < c->layers; i++) {
+        const struct layer *l = &m->layers[i];
+        const struct input *in;
+
+        /* attention: x += o . attend(q, k, v) */
+        in = normalize(p, me, i, l->attn_norm);                        /* [n, dim] */
+        multiply(p, (struct product[]){ { &l->q, p->q, q, l->q_bias, 0 },    /* [n, heads hd] */
+                                        { &l->k, p->k, kv, l->k_bias, 0 },   /* [n, kv hd] */
+                                        { &l->v, p->v, kv, l->v_bias, 0 } }, /* [n, kv hd] */ 3, in);
+        barrier(&p->team);
+        attention(p, me, i);                                           /* att [n, heads hd] */
+        observe(p, me, "attn", i, p->att.x, p->att.stride, (int)q);
+        in = attention_output(p, me, i);
+        if (l->post_attn_norm) {
+            multiply(p, &(struct product){ &l->o, p->branch, dim, l->o_bias, 0 }, 1, in);
+            barrier(&p->team);
+            add_normalized(p, me, i, l->post_attn_norm);
+        } else {
+            multiply(p, &(struct product){ &l->o, p->x, dim, l->o_bias, 1 }, 1, in);
+            barrier(&p->team);
+        }
+
+        /* feed forward: x += down . (act(gate . x) * (up . x)) */
+        in = normalize(p, me, i, l->ffn_norm);                         /* [n, dim] */
+        feed_forward(p, i, in);                                        /* hid [n, hidden] */
+        barrier(&p->team);
+        if (l->post_ffn_norm) {
+            multiply(p, &(struct product){ &l->down, p->branch, dim, l->down_bias, 0 }, 1, &p->hid);
+            barrier(&p->team);
+            add_normalized(p, me, i, l->post_ffn_norm);
+        } else {
+            multiply(p, &(struct product){ &l->down, p->x, dim, l->down_bias, 1 }, 1, &p->hid);
+            barrier(&p->team);
+        }
+        observe(p, me, "out", i, p->x, dim, c->dim);
+    }
+
+    /* logits, for the rows that want them */
+    for (int j = me; j < p->wanted; j += p->team.active) {
+        int r = p->wanted_rows[j];
+        note(p, m->kernels->rmsnorm(p->last.x + (size_t)j * p->last.stride, p->x + (size_t)r * dim, m->output_norm,
+                                    c->dim, c->eps), c->layers, r);
+        if (m->has_packed)
+            note(p, m->kernels->quantize(&p->last, j, 0, 2 * (int)blocks(c->dim)), c->layers, r);
+    }
+    barrier(&p->team);
+    if (!p->wanted)
+        return;
+    multiply(p, &(struct product){ &m->output, p->logits, (size_t)c->vocab, NULL, 0 }, 1, &p->last);  /* [wanted, vocab] */
+    barrier(&p->team);
+    for (size_t i = (size_t)me; (c->logit_scale != 1 || c->logit_cap > 0) && i < (size_t)p->wanted * (size_t)c->vocab;
+         i += (size_t)p->team.active) {
+        float x = p->logits[i] * c->logit_scale;
+        p->logits[i] = c->logit_cap > 0 ? c->logit_cap * tanh_(x / c->logit_cap) : x;
+    }
+}
+
+/* Runs up to CHUNK rows; p->logits then holds those of the wanted ones in order. */
+static int run_pass(struct pass *p, const struct row *rows, int n, run_error *error)
+{
+    p->n = p->norm.n = p->att.n = p->hid.n = n;
+    p->alone = n <= ALONE;
+    for (int i = 0; i < p->team.size; i++)
+        p->threads[i].norm.n = p->threads[i].att.n = n;
+    p->wanted = p->n_tiles = 0;
+    p->bad = 0;
+    memcpy(p->rows, rows, (size_t)n * sizeof *rows);
+    for (int r = 0; r < n; r++) {
+        if (rows[r].wanted)
+            p->wanted_rows[p->wanted++] = r;
+        if (r == 0 || rows[r].session != rows[r - 1].session || r - p->tiles[p->n_tiles - 1].first == TILE)
+            p->tiles[p->n_tiles++].first = r;
+        p->tiles[p->n_tiles - 1].end = r + 1;
+    }
+    p->last.n = p->wanted;
+    int small = p->model->weight_bytes * (size_t)n < 1 << 19; /* not worth waking others for */
+    team_run(&p->team, small, forward, p);
+    if (p->bad) {
+        int layer = (p->bad - 1) / CHUNK, row = (p->bad - 1) % CHUNK;
+        return fail(error, "an activation %s%.0d at position %d is not finite: the weights are damaged or too large",
+                    layer == p->model->config.layers ? "before the output" : "in layer ",
+                    layer == p->model->config.layers ? 0 : layer, p->rows[row].position);
+    }
+    return 0;
+}
+
+/* run_eval, with the logits of the last `wanted` <= LOGIT_ROWS tokens. */
+static int eval(run_session *s, const int *ids, int n, int wanted, run_error *error)
+{
+    if (n < 1)
+        return fail(error, "there is nothing to evaluate");
+    if (n > s->context - s->length)
+        return fail(error, "the context is full: %d tokens do not fit behind %d of %d positions", n, s->length, s->context);
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= s->model->config.vocab)
+            return fail(error, "token id %d is outside the vocabulary of %d", ids[i], s->model->config.vocab);
+    int length = s->length;
+    s->wanted = 0;
+    for (int done = 0; done < n;) {
+        struct row rows[CHUNK];
+        int chunk = n - done < CHUNK ? n - done : CHUNK;
+        for (int i = 0; i < chunk; i++)
+            rows[i] = (struct row){ s, NULL, ids[done + i], s->length + i, done + i >= n - wanted };
+        s->written = s->length + chunk > s->written ? s->length + chunk : s->written;
+        memcpy(s->tokens + s->length, ids + done, (size_t)chunk * sizeof *ids);
+        if (run_pass(s->pass, rows, chunk, error)) {
+            s->length = length;
+            return -1;
+        }
+        s->length += chunk;
+        done += chunk;
+    }
+    s->wanted = wanted;
+    return 0;
+}
+
+int run_eval(run_session *s, const int *ids, int n, run_error *error)
+{
+    return eval(s, ids, n, 1, error);
+}
+
+void run_observe(run_session *s, run_observer observer, void *context)
+{
+    s->observer = observer;
+    s->observer_context = context;
+}
+
+/* Dropping rows is a matter of counting, unless a window's slots have been used again since: then
+   the text is read once more. */
+int run_rewind(run_session *s, int position, run_error *error)
+{
+    if (position < 0 || position > s->length)
+        return fail(error, "cannot rewind to position %d of %d", position, s->length);
+    if (position == s->length)
+        return 0;
+    s->wanted = 0;
+    for (int i = 0; i < s->model->config.layers; i++) {
+        int window = s->model->layers[i].window, oldest = (s->written - 1) / BLOCK - s->slots[i] + 1;
+        if (window && oldest > 0 && position > 0 && (position >= window ? position - window + 1 : 0) / BLOCK < oldest) {
+            s->length = s->written = 0;
+            int failed = eval(s, s->tokens, position, 0, error);
+            return failed;
+        }
+    }
+    s->length = position;
+    return 0;
+}
+
+/* == SAMPLING ================================================================================
+
+   Candidates are ordered by (logit descending, id ascending); all sums run in that order, in
+   double. Temperature divides the logits first; then top-k, top-p and min-p each keep a prefix of
+   the order; one random number picks from what is left.                                      */
+
+enum { PENALTY_WINDOW = 64 };
+
+/* Uniform in [0, 1), a function of its three arguments: a counter, mixed as in SplitMix64
+   (Steele, Lea, Flood 2014). */
+static double random_unit(uint64_t seed, uint64_t stream, uint64_t index)
+{
+    uint64_t keys[3] = { seed, stream, index }, x = 0;
+    for (int i = 0; i < 3; i++) {
+        x = (x ^ keys[i]) + 0x9e3779b97f4a7c15;
+        x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+        x = (x ^ x >> 27) * 0x94d049bb133111eb;
+        x ^= x >> 31;
+    }
+    return (double)(x >> 11) * 0x1p-53;
+}
+
+/* Candidate a comes after b. */
+INLINE int after(const float *logits, int a, int b)
+{
+    return logits[a] < logits[b] || (logits[a] == logits[b] && a > b);
+}
+
+/* Restores a heap whose root is the last in order, after the root has changed. */
+static void sift(const float *logits, int *heap, int n, int at)
+{
+    for (int child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && after(logits, heap[child + 1], heap[child]))
+            child++;
+        if (!after(logits, heap[child], heap[at]))
+            return;
+        int swap = heap[at];
+        heap[at] = heap[child];
+        heap[child] = swap;
+    }
+}
+
+/* The first k of n candidates, in order. O(n) when k is small: few logits get past the root. */
+static void select_first(const float *logits, int n, int k, int *order)
+{
+    for (int i = 0; i < k; i++)
+        order[i] = i;
+    for (int i = k / 2 - 1; i >= 0; i--)
+        sift(logits, order, k, i);
+    for (int i = k; i < n; i++)
+        if (logits[i] > logits[order[0]]) {
+            order[0] = i;
+            sift(logits, order, k, 0);
+        }
+    for (int i = k - 1; i > 0; i--) {
+        int swap = order[0];
+        order[0] = order[i];
+        order[i] = swap;
+        sift(logits, order, i, 0);
+    }
+}
+
+static int best_of(const float *logits, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best])
+            best = i;
+    return best;
+}
+
+/* Logits with the penalty on tokens that occurred lately (as in CTRL, Keskar et al. 2019). */
+static const float *penalize(run_session *s, const float *logits, float penalty)
+{
+    if (penalty == 1)
+        return logits;
+    int first = s->length > PENALTY_WINDOW ? s->length - PENALTY_WINDOW : 0;
+    memcpy(s->candidates, logits, (size_t)s->model->config.vocab * sizeof *logits);
+    for (int i = first; i < s->length; i++) {
+        int id = s->tokens[i];
+        s->candidates[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+    }
+    return s->candidates;
+}
+
+/* The token that these logits and settings give at the session's present length. */
+static int sample(run_session *s, const float *logits, const run_sampling *how, run_error *error)
+{
+    int vocab = s->model->config.vocab, *order = s->order;
+    logits = penalize(s, logits, how->repeat_penalty);
+    int best = best_of(logits, vocab);
+    float max = logits[best], sharpness = 1.0f / how->temperature;
+    if (!(max <= FLT_MAX && max >= -FLT_MAX))
+        return fail(error, "a logit at position %d is not finite: the weights are damaged or too large", s->length);
+    if (!(sharpness <= FLT_MAX) || sharpness < 0)
+        return best;
+    double unit = random_unit(how->seed, how->stream, (uint64_t)s->length), total = 0, sum = 0, kept = 0;
+    int all = how->top_k > 0 && how->top_k < vocab ? how->top_k : vocab;
+    if (all == vocab)
+        total = s->model->kernels->exp_sum(logits, vocab, max, sharpness);
+
+    /* Sorting everything is rarely needed: sort a short prefix, and a longer one if it was too short. */
+    for (int n = all < vocab ? all : all < 64 ? all : 64;; n = n < all / 8 ? 8 * n : all) {
+        int last = n - 1, enough = n == all;
+        select_first(logits, vocab, n, order);
+        if (all < vocab && n == all)
+            for (int i = 0; i < n; i++)
+                total += (double)exp_((logits[order[i]] - max) * sharpness);
+        kept = 0;
+        for (int i = 0; i < n; i++) { /* the weight of the best is 1 */
+            double weight = (double)exp_((logits[order[i]] - max) * sharpness);
+            if (i > 0 && weight < (double)how->min_p) {
+                last = i - 1;
+                enough = 1;
+                break;
+            }
+            kept += weight;
+            if (kept >= (double)how->top_p * total) {
+                last = i;
+                enough = 1;
+                break;
+            }
+        }
+        if (how->top_p >= 1 && how->min_p <= 0)
+            kept = total;           /* nothing is cut: what is not in the prefix counts too */
+        sum = 0;
+        for (int i = 0; i <= last; i++) {
+            sum += (double)exp_((logits[order[i]] - max) * sharpness);
+            if (sum > unit * kept && (enough || (how->top_p >= 1 && how->min_p <= 0)))
+                return order[i];
+        }
+        if (enough)
+            return order[last];
+    }
+}
+
+int run_sample(run_session *s, const run_sampling *sampling, run_error *error)
+{
+    const float *logits = run_logits(s);
+    return logits ? sample(s, logits, sampling, error) : fail(error, "there are no logits: evaluate a token first");
+}
+
+/* Natural logarithm of the softmax of raw logits: *log_total is log(sum(exp(logit))). */
+static int log_total(const run_model *m, const float *logits, double *result)
+{
+    float max = logits[best_of(logits, m->config.vocab)];
+    double sum = m->kernels->exp_sum(logits, m->config.vocab, max, 1);
+    if (!(sum >= 1 && sum <= DBL_MAX) || !(max <= FLT_MAX && max >= -FLT_MAX))
+        return -1;
+    *result = (double)max + log_double(sum);
+    return 0;
+}
+
+/* == DRAFTING ================================================================================
+
+   The loop of generation. Nothing drafts yet: each pass is one token. What advances here advances
+   by emitted tokens only: the timeline, the text, the search for stop strings.               */
+
+/* Text on its way out. What could be the beginning of a stop string is held back. */
+struct outlet {
+    const run_generation *how;
+    tokenizer_stream stream;
+    char *held;
+    size_t n, room;
+};
+
+/* Takes text in; sets *ready to how much of `held` may go out. Returns 1 at a stop string. */
+static int find_stop(struct outlet *o, size_t *ready)
+{
+    size_t hold = 0;
+    for (size_t at = 0; at < o->n; at++)
+        for (int i = 0; i < o->how->n_stops; i++) {
+            size_t length = strlen(o->how->stops[i]), left = o->n - at;
+            if (!length || memcmp(o->held + at, o->how->stops[i], length < left ? length : left))
+                continue;
+            if (left >= length) {
+                *ready = at;
+                return 1;
+            }
+            hold = left > hold ? left : hold;
+        }
+    *ready = o->n - hold;
+    return 0;
+}
+
+/* Decodes a token and hands on what is whole: 1 to stop, 2 if the callback said so. */
+static int emit(struct outlet *o, const run_model *m, int id)
+{
+    size_t ready = 0;
+    if (m->tokenizer)
+        o->n += tokenizer_stream_put(m->tokenizer, &o->stream, id, o->held + o->n);
+    int stop = find_stop(o, &ready);
+    if (o->how->callback && o->how->callback(o->how->context, id, o->held, ready))
+        stop = 2;
+    memmove(o->held, o->held + ready, o->n - ready);
+    o->n -= ready;
+    return stop;
+}
+
+static int outlet_open(struct outlet *o, const run_session *s, const run_generation *how, run_error *error)
+{
+    size_t longest = 0;
+    *o = (struct outlet){ .how = how };
+    for (int i = 0; i < how->n_stops; i++)
+        longest = strlen(how->stops[i]) > longest ? strlen(how->stops[i]) : longest;
+    o->room = longest + 2 * (s->model->tokenizer ? tokenizer_stream_room(s->model->tokenizer) : 1);
+    if (!(o->held = malloc(o->room)))
+        return fail(error, "out of memory");
+    o->stream.controls = how->show_special;
+    o->stream.started = s->length > (s->length && s->tokens[0] == s->model->config.bos);
+    return 0;
+}
+
+int run_generate(run_session *s, const run_generation *how, run_result *result, run_error *error)
+{
+    const struct config *c = &s->model->config;
+    struct outlet outlet;
+    run_result r = { RUN_LENGTH, 0, 0, 0, 0 };
+    int failed = 0, stop = 0;
+    if (!s->wanted)
+        return fail(error, "there are no logits: evaluate a token first");
+    if (outlet_open(&outlet, s, how, error))
+        return -1;
+    while (!stop && (!how->max_tokens || r.tokens < how->max_tokens)) {
+        if (s->length == s->context) {
+            r.stop = RUN_CONTEXT;
+            break;
+        }
+        int id = sample(s, run_logits(s), &how->sampling, error), end = 0;
+        if ((failed = id < 0))
+            break;
+        for (int i = 0; i < c->n_eos; i++)
+            end |= id == c->eos[i];
+        if (end) {
+            r.stop = RUN_EOS;
+            break;
+        }
+        r.tokens++;
+        stop = emit(&outlet, s->model, id);
+        if (stop)
+            r.stop = stop == 2 ? RUN_CANCELLED : RUN_STOPPED;
+        else if (how->max_tokens && r.tokens == how->max_tokens)
+            break;
+        else if ((failed = eval(s, &id, 1, 1, error)) == 0)
+            r.passes++;
+        if (failed)
+            break;
+    }
+    s->wanted = 0;
+    if (!failed && stop != 1 && how->callback) { /* what was held back in vain, and an unfinished character */
+        outlet.n += tokenizer_stream_end(&outlet.stream, outlet.held + outlet.n);
+        if (outlet.n)
+            how->callback(how->context, -1, outlet.held, outlet.n);
+    }
+    free(outlet.held);
+    if (result)
+        *result = r;
+    return failed ? -1 : 0;
+}
+
+/* == PACKING =================================================================================
+
+   From any stored type to any type, strip by strip. Exact where it can be: Q4_0 -> q4,
+   Q4_1 -> q4a, Q8_0 -> q8, and any grid that another one contains. Everything else goes through
+   floats, and the error is counted. All arithmetic is per element or per row in a fixed order, so
+   that the file comes out the same everywhere.                                               */
+
+/* -- decoding GGML's blocks; layouts as in ggml-quants.c of llama.cpp -- */
+
+static float half_at(const unsigned char *b) { return from_half(load_u16(b)); }
+
+static void decode_q4_0(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 32; i++)
+        y[i] = half_at(b) * (float)((i < 16 ? b[2 + i] & 15 : b[2 + i - 16] >> 4) - 8);
+}
+
+static void decode_q4_1(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 32; i++)
+        y[i] = half_at(b) * (float)(i < 16 ? b[4 + i] & 15 : b[4 + i - 16] >> 4) + half_at(b + 2);
+}
+
+/* The fifth bits of 32 weights lie in 4 bytes, bit i for weight i. */
+static int five_bits(const unsigned char *high, const unsigned char *low, int i)
+{
+    return (i < 16 ? low[i] & 15 : low[i - 16] >> 4) | (high[i / 8] >> i % 8 & 1) << 4;
+}
+
+static void decode_q5_0(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 32; i++)
+        y[i] = half_at(b) * (float)(five_bits(b + 2, b + 6, i) - 16);
+}
+
+static void decode_q5_1(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 32; i++)
+        y[i] = half_at(b) * (float)five_bits(b + 4, b + 8, i) + half_at(b + 2);
+}
+
+static void decode_q8_0(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 32; i++)
+        y[i] = half_at(b) * (float)(int8_t)b[2 + i];
+}
+
+static void decode_q2_k(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 256; i++) { /* 16 weights share a scale and a minimum of 4 bits each */
+        int q = b[16 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3, s = b[i / 16];
+        y[i] = half_at(b + 80) * (float)(s & 15) * (float)q - half_at(b + 82) * (float)(s >> 4);
+    }
+}
+
+static void decode_q3_k(const unsigned char *b, float *y)
+{
+    const unsigned char *high = b, *low = b + 32, *scales = b + 96;
+    for (int i = 0; i < 256; i++) {
+        int j = i / 16, q = low[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+        int s = (j < 8 ? scales[j] & 15 : scales[j - 8] >> 4) | (scales[8 + j % 4] >> (j / 4 * 2) & 3) << 4;
+        q -= high[i % 32] >> (i / 32) & 1 ? 0 : 4;
+        y[i] = half_at(b + 108) * (float)(s - 32) * (float)q;
+    }
+}
+
+/* Eight 6-bit scales and minima in 12 bytes, for Q4_K and Q5_K. */
+static void scale_and_minimum(const unsigned char *s, int j, int *scale, int *minimum)
+{
+    *scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4;
+    *minimum = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4;
+}
+
+static void decode_q4_k(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 256; i++) {
+        int byte = b[16 + i / 64 * 32 + i % 32], scale, minimum;
+        scale_and_minimum(b + 4, i / 32, &scale, &minimum);
+        y[i] = half_at(b) * (float)scale * (float)(i % 64 < 32 ? byte & 15 : byte >> 4) - half_at(b + 2) * (float)minimum;
+    }
+}
+
+static void decode_q5_k(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 256; i++) {
+        int byte = b[48 + i / 64 * 32 + i % 32], scale, minimum;
+        int q = (i % 64 < 32 ? byte & 15 : byte >> 4) | (b[16 + i % 32] >> (i / 32) & 1) << 4;
+        scale_and_minimum(b + 4, i / 32, &scale, &minimum);
+        y[i] = half_at(b) * (float)scale * (float)q - half_at(b + 2) * (float)minimum;
+    }
+}
+
+static void decode_q6_k(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 256; i++) {
+        int low = b[i / 128 * 64 + i % 64], high = b[128 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+        int q = (i % 128 < 64 ? low & 15 : low >> 4) | high << 4;
+        y[i] = half_at(b + 208) * (float)(int8_t)b[192 + i / 16] * (float)(q - 32);
+    }
+}
+
+static const int8_t iq4_values[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+
+static void decode_iq4_nl(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 32; i++)
+        y[i] = half_at(b) * (float)iq4_values[i < 16 ? b[2 + i] & 15 : b[2 + i - 16] >> 4];
+}
+
+static void decode_iq4_xs(const unsigned char *b, float *y)
+{
+    for (int i = 0; i < 256; i++) {
+        int j = i / 32, byte = b[8 + j * 16 + i % 16];
+        int scale = (b[4 + j / 2] >> j % 2 * 4 & 15) | (load_u16(b + 2) >> 2 * j & 3) << 4;
+        y[i] = half_at(b) * (float)(scale - 32) * (float)iq4_values[i % 32 < 16 ? byte & 15 : byte >> 4];
+    }
+}
+
+static const struct raw_type {
+    const char *name;
+    int weights, bytes;             /* of a block */
+    void (*decode)(const unsigned char *block, float *weights);
+    enum type packed;               /* what --type auto makes of it */
+} raw_types[] = {
+    { "Q4_0", 32, 18, decode_q4_0, Q4 },       { "Q4_1", 32, 20, decode_q4_1, Q4A },
+    { "Q5_0", 32, 22, decode_q5_0, Q8 },       { "Q5_1", 32, 24, decode_q5_1, Q8 },
+    { "Q8_0", 32, 34, decode_q8_0, Q8 },       { "Q2_K", 256, 84, decode_q2_k, Q4A },
+    { "Q3_K", 256, 110, decode_q3_k, Q4A },    { "Q4_K", 256, 144, decode_q4_k, Q4A },
+    { "Q5_K", 256, 176, decode_q5_k, Q8 },     { "Q6_K", 256, 210, decode_q6_k, Q8 },
+    { "IQ4_NL", 32, 18, decode_iq4_nl, Q8 },   { "IQ4_XS", 256, 136, decode_iq4_xs, Q8 },
+    { "LLAMA2C_Q8", 0, 0, NULL, Q8 },          /* all int8 weights, then a float scale for each group */
+};
+
+struct source {                     /* a stored matrix of any type */
+    struct matrix m;
+    const struct raw_type *raw;     /* if m.type is RAW */
+    int group;                      /* of LLAMA2C_Q8 */
+};
+
+static int source_open(struct source *s, const struct container *c, const struct tensor *t, run_error *error)
+{
+    memset(s, 0, sizeof *s);
+    if (matrix_describe(c, t, &s->m, error))
+        return -1;
+    if (s->m.type != RAW)
+        return 0;
+    const char *text = find_packing(c, "ggml.", t->name);
+    size_t word = strcspn(text, " :"), needed = 0;
+    for (size_t i = 0; i < sizeof raw_types / sizeof *raw_types; i++)
+        if (word == strlen(raw_types[i].name) && !strncmp(text, raw_types[i].name, word))
+            s->raw = &raw_types[i];
+    if (!s->raw)
+        return fail(error, "tensor %.100s is of type %.20s, which this run.c cannot decode", t->name, text);
+    size_t weights = (size_t)s->m.rows * (size_t)s->m.cols;
+    if (s->raw->weights && s->m.cols % s->raw->weights == 0)
+        needed = weights / (size_t)s->raw->weights * (size_t)s->raw->bytes;
+    else if (!s->raw->weights && sscanf(text + word, ":%9d", &s->group) == 1 && s->group > 0 && s->m.cols % s->group == 0)
+        needed = weights + weights / (size_t)s->group * 4;
+    if (!needed || needed != t->size)
+        return fail(error, "tensor %.100s has %zu bytes, which is not what \"%.40s\" needs", t->name, t->size, text);
+    return 0;
+}
+
+/* Row `row` as floats, [cols]. */
+static void decode_row(const struct source *s, int row, float *out)
+{
+    const struct matrix *m = &s->m;
+    size_t cols = (size_t)m->cols, first = (size_t)row * cols;
+    if (m->type <= BF16) {
+        for (size_t i = 0; i < cols; i++)
+            out[i] = float_weight(m, first + i);
+    } else if (m->type < RAW) {
+        for (int i = 0; i < m->cols; i++) {
+            const unsigned char *block = block_of(m, row / STRIP, i / BLOCK);
+            float d = scale_of(block, m->type, row % STRIP, i % BLOCK / GROUP, 0);
+            float minimum = m->type == Q4A ? scale_of(block, m->type, row % STRIP, i % BLOCK / GROUP, 1) : 0;
+            out[i] = fma_((float)quant_of(block, m->type, row % STRIP, i % BLOCK), d, minimum);
+        }
+    } else if (s->group) {
+        const unsigned char *scales = m->data + (size_t)m->rows * cols;
+        for (size_t i = 0; i < cols; i++) {
+            float scale;
+            memcpy(&scale, scales + (first + i) / (size_t)s->group * 4, 4);
+            out[i] = (float)(int8_t)m->data[first + i] * scale;
+        }
+    } else {
+        size_t n = (size_t)s->raw->weights;
+        for (size_t i = 0; i < cols; i += n)
+            s->raw->decode(m->data + (first + i) / n * (size_t)s->raw->bytes, out + i);
+    }
+}
+
+/* -- fitting a grid to groups of 32 weights, 16 rows side by side: w [32][16] -- */
+
+struct grid {                       /* weight = (q - shift) d + m */
+    float d[STRIP], m[STRIP];       /* already rounded to half precision */
+    float q[GROUP][STRIP];
+};
+
+INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+/* Takes over the rows of `try` that come closer to w than the best so far. */
+static void keep_better(float w[GROUP][STRIP], const struct grid *try, struct grid *best, float error[STRIP])
+{
+    float e[STRIP] = { 0 };
+    for (int i = 0; i < GROUP; i++)
+        for (int r = 0; r < STRIP; r++) {
+            float difference = w[i][r] - (try->q[i][r] * try->d[r] + try->m[r]);
+            e[r] += difference * difference;
+        }
+    for (int r = 0; r < STRIP; r++) {
+        if (!(e[r] < error[r]))
+            continue;
+        error[r] = e[r];
+        best->d[r] = try->d[r];
+        best->m[r] = try->m[r];
+        for (int i = 0; i < GROUP; i++)
+            best->q[i][r] = try->q[i][r];
+    }
+}
+
+/* q4: the largest weight is put near -8 or near 7, each time the scale is refitted by least squares. */
+static void fit_q4(float w[GROUP][STRIP], struct grid *best)
+{
+    static const float places[] = { -8.0f, -7.7f, -7.4f, -8.3f, -8.6f, -9.0f, -7.0f, 7.0f, 7.3f, 6.7f, 7.6f };
+    float error[STRIP], extreme[STRIP] = { 0 };
+    struct grid try = { 0 };
+    for (int i = 0; i < GROUP; i++)
+        for (int r = 0; r < STRIP; r++)
+            extreme[r] = w[i][r] * w[i][r] > extreme[r] * extreme[r] ? w[i][r] : extreme[r];
+    for (int r = 0; r < STRIP; r++)
+        error[r] = INFINITY;
+    for (size_t k = 0; k < sizeof places / sizeof *places; k++) {
+        float inverse[STRIP], wq[STRIP] = { 0 }, qq[STRIP] = { 0 };
+        for (int r = 0; r < STRIP; r++)
+            inverse[r] = extreme[r] * extreme[r] > 0 ? places[k] / extreme[r] : 0;
+        for (int i = 0; i < GROUP; i++)
+            for (int r = 0; r < STRIP; r++) {
+                float q = clamp(round_even(clamp(w[i][r] * inverse[r], -9, 9)), -8, 7);
+                try.q[i][r] = q;
+                wq[r] += w[i][r] * q;
+                qq[r] += q * q;
+            }
+        for (int r = 0; r < STRIP; r++)
+            try.d[r] = from_half(to_half(qq[r] > 0 ? wq[r] / qq[r] : 0));
+        keep_better(w, &try, best, error);
+    }
+}
+
+/* q4a: minimum and scale, refitted together. */
+static void fit_q4a(float w[GROUP][STRIP], struct grid *best)
+{
+    float error[STRIP], low[STRIP], high[STRIP];
+    struct grid try = { 0 };
+    for (int r = 0; r < STRIP; r++) {
+        error[r] = INFINITY;
+        low[r] = high[r] = w[0][r];
+        for (int i = 1; i < GROUP; i++) {
+            low[r] = w[i][r] < low[r] ? w[i][r] : low[r];
+            high[r] = w[i][r] > high[r] ? w[i][r] : high[r];
+        }
+    }
+    for (int k = 0; k < 16; k++) { /* steps across the range: 15, 13.9, 14.1 .. 16.7 */
+        float steps = k ? 13.7f + 0.2f * (float)k : 15.0f, inverse[STRIP];
+        float sw[STRIP] = { 0 }, sq[STRIP] = { 0 }, swq[STRIP] = { 0 }, sqq[STRIP] = { 0 };
+        for (int r = 0; r < STRIP; r++)
+            inverse[r] = high[r] > low[r] ? steps / (high[r] - low[r]) : 0;
+        for (int i = 0; i < GROUP; i++)
+            for (int r = 0; r < STRIP; r++) {
+                /* steps beyond 15 cut both ends alike */
+                float q = clamp(round_even(clamp((w[i][r] - low[r]) * inverse[r] - (steps - 15.0f) * 0.5f, -1, 16)), 0, 15);
+                try.q[i][r] = q;
+                sw[r] += w[i][r];
+                sq[r] += q;
+                swq[r] += w[i][r] * q;
+                sqq[r] += q * q;
+            }
+        for (int r = 0; r < STRIP; r++) {
+            float determinant = GROUP * sqq[r] - sq[r] * sq[r];
+            float d = determinant > 0 ? (GROUP * swq[r] - sq[r] * sw[r]) / determinant : 0;
+            try.d[r] = from_half(to_half(d));
+            try.m[r] = from_half(to_half((sw[r] - try.d[r] * sq[r]) / GROUP));
+        }
+        keep_better(w, &try, best, error);
+    }
+}
+
+/* q8: the smallest scale with which nothing is cut off. */
+static void fit_q8(float w[GROUP][STRIP], struct grid *best)
+{
+    for (int r = 0; r < STRIP; r++) {
+        float largest = 0;
+        for (int i = 0; i < GROUP; i++) {
+            float magnitude = from_bits(bits_of(w[i][r]) & 0x7fffffff);
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        uint16_t d = to_half(largest / 127.0f);
+        if (from_half(d) * 127.5f < largest && d < 0x7bff)
+            d++;
+        best->d[r] = from_half(d);
+        best->m[r] = 0;
+        for (int i = 0; i < GROUP; i++)
+            best->q[i][r] = best->d[r] > 0 ? clamp(round_even(clamp(w[i][r] / best->d[r], -128, 128)), -127, 127) : 0;
+    }
+}
+
+/* If the stored type is itself a grid that `type` contains, that grid: no error is added. */
+static int exact_grid(const struct source *s, enum type type, int row, int group, int lane, struct grid *g)
+{
+    const struct matrix *m = &s->m;
+    const unsigned char *b;
+    int shifted = 0, minimum = 0;   /* q runs from 0 with -8 to add; has a minimum */
+    if (m->type == RAW) {
+        if (s->raw->decode != decode_q4_0 && s->raw->decode != decode_q4_1 && s->raw->decode != decode_q8_0)
+            return 0;
+        b = m->data + ((size_t)row * (size_t)m->cols / GROUP + (size_t)group) * (size_t)s->raw->bytes;
+        shifted = s->raw->decode == decode_q4_0;
+        minimum = s->raw->decode == decode_q4_1;
+        if (s->raw->decode == decode_q8_0 && memchr(b + 2, 0x80, GROUP) && type != Q8)
+            return 0;
+        g->d[lane] = half_at(b);
+        g->m[lane] = minimum ? half_at(b + 2) : 0;
+        for (int i = 0; i < GROUP; i++)
+            g->q[i][lane] = s->raw->decode == decode_q8_0 ? (float)(int8_t)b[2 + i] :
+                (float)((i < 16 ? b[2 + 2 * minimum + i] & 15 : b[2 + 2 * minimum + i - 16] >> 4) - 8 * shifted);
+    } else if (m->type >= Q4) {
+        b = block_of(m, row / STRIP, group / 2);
+        shifted = m->type == Q4;
+        minimum = m->type == Q4A;
+        g->d[lane] = scale_of(b, m->type, row % STRIP, group % 2, 0);
+        g->m[lane] = minimum ? scale_of(b, m->type, row % STRIP, group % 2, 1) : 0;
+        for (int i = 0; i < GROUP; i++)
+            g->q[i][lane] = (float)quant_of(b, m->type, row % STRIP, group % 2 * GROUP + i);
+    } else {
+        return 0;
+    }
+    if (type == Q8)
+        return !minimum;
+    if (type == Q4)
+        return shifted;
+    if (shifted) {                  /* q4 as q4a: the shift becomes the minimum */
+        g->m[lane] = -8 * g->d[lane];
+        for (int i = 0; i < GROUP; i++)
+            g->q[i][lane] += 8;
+    }
+    return (shifted || minimum) && from_half(to_half(g->m[lane])) == g->m[lane];
+}
+
+/* Places q, d and m of a group of a strip into its block. */
+static void place_group(unsigned char *block, enum type type, int group, const struct grid *g)
+{
+    unsigned char *scales = block + (type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2);
+    for (int r = 0; r < STRIP; r++) {
+        uint16_t d = to_half(g->d[r]), m = to_half(g->m[r]);
+        for (int i = 0; i < GROUP; i++) {
+            int q = (int)g->q[i][r] + (type == Q4 ? 8 : 0), column = group * GROUP + i;
+            if (type == Q8)
+                block[column / 4 * 64 + 4 * r + column % 4] = (unsigned char)q;
+            else
+                block[(group * 4 + i / 8) * 64 + 4 * r + i % 4] |= (unsigned char)(i % 8 < 4 ? q : q << 4);
+        }
+        memcpy(scales + group * 32 + 2 * r, &d, 2);
+        if (type == Q4A)
+            memcpy(scales + 64 + group * 32 + 2 * r, &m, 2);
+    }
+}
+
+struct packing {                    /* a matrix on its way from one type to another */
+    struct source source;
+    enum type type;
+    unsigned char *out;             /* strips [first, end) */
+    int first, end;
+    struct team *team;
+    float *rows;                    /* [threads][STRIP][padded cols] */
+    double *error, *square;         /* [strips] sums of (w - packed w)^2 and of w^2 */
+    atomic_int bad;                 /* 1 + a row with a weight that is not finite */
+};
+
+static void pack_strip(struct packing *p, int strip, float *rows, unsigned char *out)
+{
+    const struct matrix *m = &p->source.m;
+    size_t width = blocks(m->cols) * BLOCK;
+    memset(rows, 0, STRIP * width * sizeof *rows);
+    memset(out, 0, matrix_bytes(p->type, STRIP, m->cols));
+    for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++) {
+        decode_row(&p->source, strip * STRIP + r, rows + (size_t)r * width);
+        for (int i = 0; i < m->cols; i++)
+            if (!(rows[(size_t)r * width + (size_t)i] * 0 == 0))
+                p->bad = strip * STRIP + r + 1;
+    }
+    for (int group = 0; group < 2 * (int)blocks(m->cols); group++) {
+        struct grid g = { 0 };
+        float w[GROUP][STRIP];
+        int exact = group * GROUP + GROUP <= m->cols;
+        for (int r = 0; r < STRIP; r++)
+            for (int i = 0; i < GROUP; i++)
+                w[i][r] = rows[(size_t)r * width + (size_t)(group * GROUP + i)];
+        for (int r = 0; r < STRIP && exact; r++)
+            if (strip * STRIP + r < m->rows)
+                exact = exact_grid(&p->source, p->type, strip * STRIP + r, group, r, &g);
+        if (!exact) {
+            memset(&g, 0, sizeof g);
+            (p->type == Q4 ? fit_q4 : p->type == Q4A ? fit_q4a : fit_q8)(w, &g);
+        }
+        place_group(out + (size_t)(group / 2) * matrix_bytes(p->type, STRIP, BLOCK), p->type, group % 2, &g);
+        for (int r = 0; r < STRIP; r++)
+            for (int i = 0; i < GROUP; i++) {
+                double e = (double)w[i][r] - (double)fma_(g.q[i][r], g.d[r], g.m[r]);
+                p->error[strip] += e * e;
+                p->square[strip] += (double)w[i][r] * (double)w[i][r];
+            }
+    }
+}
+
+/* Rows of a strip to a float type. */
+static void convert_strip(struct packing *p, int strip, float *rows, unsigned char *out)
+{
+    const struct matrix *m = &p->source.m;
+    for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++) {
+        decode_row(&p->source, strip * STRIP + r, rows);
+        for (int i = 0; i < m->cols; i++) {
+            float x = rows[i], back = x;
+            size_t at = (size_t)r * (size_t)m->cols + (size_t)i;
+            if (!(x * 0 == 0))
+                p->bad = strip * STRIP + r + 1;
+            if (p->type == F32) {
+                memcpy(out + 4 * at, &x, 4);
+            } else {
+                uint32_t even = bits_of(x) + 0x7fff + (bits_of(x) >> 16 & 1);
+                uint16_t half = p->type == F16 ? to_half(x) : (uint16_t)(even >> 16);
+                memcpy(out + 2 * at, &half, 2);
+                back = p->type == F16 ? from_half(half) : from_bf16(half);
+            }
+            p->error[strip] += ((double)x - (double)back) * ((double)x - (double)back);
+            p->square[strip] += (double)x * (double)x;
+        }
+    }
+}
+
+static void pack(void *context, int me)
+{
+    struct packing *p = context;
+    int begin, end;
+    size_t width = blocks(p->source.m.cols) * BLOCK;
+    while (next_piece(p->team, p->end - p->first, 1, &begin, &end))
+        (p->type >= Q4 ? pack_strip : convert_strip)(p, p->first + begin, p->rows + (size_t)me * STRIP * width,
+                                                     p->out + matrix_bytes(p->type, STRIP, p->source.m.cols) * (size_t)begin);
+    barrier(p->team);
+}
+
+/* -- writing a model file -- */
+
+static uint32_t crc32_of(uint32_t crc, const unsigned char *data, size_t n)
+{
+    uint32_t table[256]; /* reflected polynomial 0xedb88320, as in zlib and PNG */
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t c = i;
+        for (int k = 0; k < 8; k++)
+            c = c & 1 ? c >> 1 ^ 0xedb88320 : c >> 1;
+        table[i] = c;
+    }
+    crc = ~crc;
+    for (size_t i = 0; i < n; i++)
+        crc = table[(crc ^ data[i]) & 255] ^ crc >> 8;
+    return ~crc;
+}
+
+struct text {                       /* a string that grows; `broken` once memory ran out */
+    char *data;
+    size_t n, room;
+    int broken;
+};
+
+static void text_add(struct text *t, const char *data, size_t n)
+{
+    if (t->n + n + 1 > t->room) {
+        size_t room = 2 * (t->n + n + 1);
+        char *larger = t->broken ? NULL : realloc(t->data, room);
+        if (!larger) {
+            t->broken = 1;
+            return;
+        }
+        t->data = larger;
+        t->room = room;
+    }
+    memcpy(t->data + t->n, data, n);
+    t->n += n;
+    t->data[t->n] = '\0';
+}
+
+__attribute__((format(printf, 2, 3)))
+static void text_print(struct text *t, const char *format, ...)
+{
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    int n = vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    text_add(t, line, n < (int)sizeof line ? (size_t)n : sizeof line - 1);
+}
+
+/* How many bytes the UTF-8 character at s has, or 0 if there is none. */
+static int utf8_length(const unsigned char *s, size_t left)
+{
+    int n = *s < 0x80 ? 1 : *s >= 0xc2 && *s < 0xe0 ? 2 : *s >= 0xe0 && *s < 0xf0 ? 3 : *s >= 0xf0 && *s < 0xf5 ? 4 : 0;
+    if ((size_t)n > left || (*s == 0xe0 && s[1] < 0xa0) || (*s == 0xed && s[1] > 0x9f) ||
+        (*s == 0xf0 && s[1] < 0x90) || (*s == 0xf4 && s[1] > 0x8f))
+        return 0;
+    for (int i = 1; i < n; i++)
+        if ((s[i] & 0xc0) != 0x80)
+            return 0;
+    return n;
+}
+
+/* A JSON string. What is not UTF-8 becomes U+FFFD. */
+static void text_json(struct text *t, const char *data, size_t length)
+{
+    text_add(t, "\"", 1);
+    for (size_t i = 0; i < length;) {
+        unsigned char c = (unsigned char)data[i];
+        int n = utf8_length((const unsigned char *)data + i, length - i);
+        if (!n)
+            text_add(t, "\xef\xbf\xbd", 3);
+        else if (c == '"' || c == '\\')
+            text_print(t, "\\%c", c);
+        else if (c < 0x20 || c == 0x7f)
+            text_print(t, "\\u%04x", c);
+        else
+            text_add(t, data + i, (size_t)n);
+        i += (size_t)(n ? n : 1);
+    }
+    text_add(t, "\"", 1);
+}
+
+struct planned {                    /* a tensor of the file to be written */
+    const struct tensor *tensor;
+    enum type type;                 /* if it is a matrix; RAW: copy the bytes */
+    size_t size, crc_at;            /* crc_at: where its checksum stands in the header */
+};
+
+static int is_weight(const struct tensor *t, const struct container *c)
+{
+    size_t n = strlen(t->name);
+    return n > 7 && !strcmp(t->name + n - 7, ".weight") &&
+           (t->n_dims == 2 || find_packing(c, "packed.", t->name) || find_packing(c, "ggml.", t->name));
+}
+
+/* What a matrix becomes. Embedding and output matrix stay at 8 bits when others go to 4. */
+static enum type planned_type(const struct source *s, const char *name, int automatic, enum type type)
+{
+    if (automatic)
+        return s->m.type == RAW ? s->raw->packed : s->m.type;
+    int end = !strcmp(name, "token_embd.weight") || !strcmp(name, "output.weight");
+    return end && (type == Q4 || type == Q4A) ? Q8 : type;
+}
+
+static int is_pad(const char *name) { return !strncmp(name, "pad.", 4); }
+
+/* The header of the new file: old metadata without what described the old packing, new tensors.
+   Tensors begin on multiples of 64 bytes, with tensors pad.N in between. */
+static int write_header(struct text *h, const struct container *c, struct planned *plan, int n)
+{
+    size_t offset = 0;
+    int pads = 0;
+    text_print(h, "{\"__metadata__\":{");
+    int comma = 0;
+    for (int i = 0; i < c->n_entries; i++) {
+        const struct entry *e = &c->entries[i];
+        if (!strncmp(e->key, "packed.", 7) || !strncmp(e->key, "ggml.", 5) || !strncmp(e->key, "crc32.", 6))
+            continue;
+        text_print(h, "%s", comma++ ? "," : "");
+        text_json(h, e->key, strlen(e->key));
+        text_print(h, ":");
+        text_json(h, e->value, strlen(e->value));
+    }
+    for (int i = 0; i < n; i++) {
+        struct matrix m = { 0 };
+        run_error ignored;
+        if (plan[i].type >= Q4 && plan[i].type < RAW && matrix_describe(c, plan[i].tensor, &m, &ignored) == 0)
+            text_print(h, "%s\"packed.%s\":\"%s %d %d\"", comma++ ? "," : "", plan[i].tensor->name,
+                       type_names[plan[i].type], m.rows, m.cols);
+        text_print(h, "%s\"crc32.%s\":\"", comma++ ? "," : "", plan[i].tensor->name);
+        plan[i].crc_at = h->n;
+        text_print(h, "00000000\"");
+    }
+    text_print(h, "}");
+    for (int i = 0; i < n; i++) {
+        const struct tensor *t = plan[i].tensor;
+        struct matrix m = { 0 };
+        run_error ignored;
+        text_print(h, ",");
+        text_json(h, t->name, strlen(t->name));
+        if (plan[i].type == RAW) {
+            text_print(h, ":{\"dtype\":\"%s\",\"shape\":[", t->dtype);
+            for (int k = 0; k < t->n_dims; k++)
+                text_print(h, "%s%lld", k ? "," : "", (long long)t->shape[k]);
+        } else if (plan[i].type >= Q4) {
+            text_print(h, ":{\"dtype\":\"U8\",\"shape\":[%zu", plan[i].size);
+        } else if (matrix_describe(c, t, &m, &ignored) == 0) {
+            static const char *const dtypes[] = { "F32", "F16", "BF16" };
+            text_print(h, ":{\"dtype\":\"%s\",\"shape\":[%d,%d", dtypes[plan[i].type], m.rows, m.cols);
+        }
+        text_print(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + plan[i].size);
+        offset += plan[i].size;
+        if (offset % 64) {
+            size_t pad = 64 - offset % 64;
+            text_print(h, ",\"pad.%d\":{\"dtype\":\"U8\",\"shape\":[%zu],\"data_offsets\":[%zu,%zu]}", pads++, pad,
+                       offset, offset + pad);
+            offset += pad;
+        }
+    }
+    text_print(h, "}");
+    while ((h->n + 8) % 64 && !h->broken)
+        text_add(h, " ", 1);
+    return h->broken ? -1 : 0;
+}
+
+/* Packs one matrix into the file, some megabytes at a time. */
+static int write_matrix(FILE *file, struct packing *p, uint32_t *crc, run_error *error, const char *name)
+{
+    const struct matrix *m = &p->source.m;
+    int total = (int)strips(m->rows), failed = -1;
+    size_t strip_bytes = matrix_bytes(p->type, STRIP, m->cols), width = blocks(m->cols) * BLOCK;
+    int most = (int)((size_t)(16 << 20) / strip_bytes) + p->team->size;
+    p->out = malloc(strip_bytes * (size_t)most);
+    p->rows = malloc((size_t)p->team->size * STRIP * width * sizeof *p->rows);
+    p->error = calloc((size_t)total, sizeof *p->error);
+    p->square = calloc((size_t)total, sizeof *p->square);
+    if (!p->out || !p->rows || !p->error || !p->square) {
+        fail(error, "out of memory for tensor %.100s", name);
+    } else {
+        for (p->first = 0; p->first < total; p->first = p->end) {
+            p->end = total - p->first < most ? total : p->first + most;
+            team_run(p->team, 0, pack, p);
+            size_t bytes = p->type >= Q4 ? (size_t)(p->end - p->first) * strip_bytes
+                : matrix_bytes(p->type, (p->end < total ? p->end * STRIP : m->rows) - p->first * STRIP, m->cols);
+            *crc = crc32_of(*crc, p->out, bytes);
+            if (p->bad || fwrite(p->out, 1, bytes, file) != bytes)
+                break;
+        }
+        if (p->bad)
+            fail(error, "tensor %.100s holds a weight in row %d that is not finite", name, p->bad - 1);
+        else if (p->first < total)
+            fail(error, "cannot write: %s", strerror(errno));
+        else
+            failed = 0;
+    }
+    return failed;
+}
+
+struct tally {                      /* of matrices that changed their type */
+    double error, square;
+    int n;
+};
+
+static int write_tensors(FILE *file, const struct container *c, struct planned *plan, int n, struct text *header,
+                         struct team *team, struct tally tally[RAW + 1][N_TYPES], run_error *error)
+{
+    uint64_t length = header->n;
+    size_t offset = 0;
+    if (fwrite(&length, 8, 1, file) != 1 || fwrite(header->data, header->n, 1, file) != 1)
+        return fail(error, "cannot write: %s", strerror(errno));
+    for (int i = 0; i < n; i++) {
+        static const char zeros[64];
+        const struct tensor *t = plan[i].tensor;
+        uint32_t crc = 0;
+        if (isatty(2))
+            fprintf(stderr, "\r%3d %%  %-40.40s", (int)(100.0 * i / n), t->name);
+        if (plan[i].type == RAW) {
+            crc = crc32_of(0, t->data, t->size);
+            if (t->size && fwrite(t->data, t->size, 1, file) != 1)
+                return fail(error, "cannot write: %s", strerror(errno));
+        } else {
+            struct packing p = { .type = plan[i].type, .team = team };
+            if (source_open(&p.source, c, t, error))
+                return -1;
+            int failed = write_matrix(file, &p, &crc, error, t->name);
+            struct tally *sums = &tally[p.source.m.type][p.type];
+            for (int k = 0; k < (int)strips(p.source.m.rows) && !failed; k++) {
+                sums->error += p.error[k];
+                sums->square += p.square[k];
+            }
+            sums->n++;
+            free(p.out);
+            free(p.rows);
+            free(p.error);
+            free(p.square);
+            if (failed)
+                return -1;
+        }
+        char digits[9];
+        snprintf(digits, sizeof digits, "%08x", (unsigned)crc);
+        memcpy(header->data + plan[i].crc_at, digits, 8);
+        offset += plan[i].size;
+        if (offset % 64 && fwrite(zeros, 64 - offset % 64, 1, file) != 1)
+            return fail(error, "cannot write: %s", strerror(errno));
+        offset = (offset + 63) / 64 * 64;
+    }
+    if (isatty(2))
+        fprintf(stderr, "\r%50s\r", "");
+    if (fflush(file) || fseek(file, 8, SEEK_SET) || fwrite(header->data, header->n, 1, file) != 1 || fflush(file))
+        return fail(error, "cannot write: %s", strerror(errno));
+    return 0;
+}
+
+static int by_offset(const void *a, const void *b)
+{
+    const struct planned *x = a, *y = b;
+    return (x->tensor->data > y->tensor->data) - (x->tensor->data < y->tensor->data);
+}
+
+/* A temporary file beside `out`, renamed when it is whole. */
+static int write_model(const char *out, const struct container *c, struct planned *plan, int n, int threads,
+                       struct tally tally[RAW + 1][N_TYPES], run_error *error)
+{
+    struct text header = { 0 };
+    struct team team;
+    char temporary[4096 + 32];
+    if (strlen(out) > 4000)
+        return fail(error, "the name of the output file is too long");
+    snprintf(temporary, sizeof temporary, "%s.tmp-%ld", out, (long)getpid());
+    qsort(plan, (size_t)n, sizeof *plan, by_offset);
+    if (write_header(&header, c, plan, n)) {
+        free(header.data);
+        return fail(error, "out of memory for the header");
+    }
+    FILE *file = fopen(temporary, "wb");
+    int failed = file ? 0 : fail(error, "cannot create %.300s: %s", temporary, strerror(errno));
+    if (!failed && !(failed = team_open(&team, threads, error))) {
+        failed = write_tensors(file, c, plan, n, &header, &team, tally, error);
+        team_close(&team);
+    }
+    if (file && fclose(file) && !failed)
+        failed = fail(error, "cannot write %.300s: %s", temporary, strerror(errno));
+    if (!failed && rename(temporary, out))
+        failed = fail(error, "cannot rename %.200s: %s", temporary, strerror(errno));
+    if (failed && file)
+        remove(temporary);
+    free(header.data);
+    return failed;
+}
+
+#endif /* RUN_DECLARATIONS */
+#endif /* RUN_KERNELS */
+
+/* == SPEED ===================================================================================
+
+   The kernels again, for vector instructions. The text below is compiled once for every
+   instruction set: run.c includes itself with RUN_KERNELS defined, and only this section is seen.
+   A set brings a vector width and a few one-line primitives:
+
+     LANES       floats in a vector: 4, 8 or 16
+     fma_v       a * b + c, rounded once
+     halves      LANES half-precision numbers as floats
+     dot_u4      32 columns: eight vectors of 4-bit weights (one lane = one row, 4 columns each)
+                 times 32 int8 activations, summed exactly
+     dot_i8      the same for 8-bit weights
+
+   A packed kernel keeps one lane per row. It takes a group of 32 columns of its rows into eight
+   registers once, and multiplies them with every token of the tile, so that a token more costs
+   arithmetic but no decoding and no memory.                                                   */
+
+#ifdef RUN_KERNELS
+
+TARGET_BEGIN(KERNELS_TARGET)
+
+#define JOIN2(a, b) a##_##b
+#define JOIN(a, b) JOIN2(a, b)
+#define SET(name) JOIN(name, RUN_KERNELS)
+#define PARTS (STRIP / LANES)
+
+#define vf SET(vf)      /* LANES floats */
+#define vi SET(vi)      /* LANES 32-bit integers */
+#define vb SET(vb)      /* as many bytes */
+#define vh SET(vh)      /* LANES 16-bit integers */
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef uint8_t vb __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+
+/* Four bytes in every lane. */
+INLINE vb SET(four)(const int8_t *x)
+{
+    int32_t word;
+    memcpy(&word, x, 4);
+    return (vb)((vi){ 0 } + word);
+}
+
+/* -- primitives of the sets -- */
+
+#if defined KERNELS_AVX2 || defined KERNELS_AVXVNNI
+
+INLINE vf SET(fma_v)(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vf SET(halves)(const void *at) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(at)); }
+
+#elif defined KERNELS_AVX512
+
+INLINE vf SET(fma_v)(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vf SET(halves)(const void *at) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(at)); }
+
+#elif defined KERNELS_NEON || defined KERNELS_DOTPROD
+
+INLINE vf SET(fma_v)(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE vf SET(halves)(const void *at)
+{
+    uint16x4_t bits;
+    memcpy(&bits, at, sizeof bits);
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(bits));
+}
+
+#endif
+
+#if defined KERNELS_AVX2
+
+/* maddubs adds two products into 16 bits. 4-bit weights leave room for a whole group there: 16
+   products of at most 15 * 127 are 30480. */
+INLINE vi SET(dot_u4)(const vb w[8], const int8_t *x, int32_t sum)
+{
+    (void)sum;
+    __m256i s = _mm256_maddubs_epi16((__m256i)w[0], (__m256i)SET(four)(x));
+    for (int i = 1; i < 8; i++)
+        s = _mm256_add_epi16(s, _mm256_maddubs_epi16((__m256i)w[i], (__m256i)SET(four)(x + 4 * i)));
+    return (vi)_mm256_madd_epi16(s, _mm256_set1_epi16(1));
+}
+
+/* 8-bit weights do not: |w| as the unsigned factor, the sign moved to x, and 32 bits at once
+   (two products are at most 2 * 128 * 127 = 32512). */
+INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
+{
+    __m256i s = _mm256_setzero_si256();
+    (void)sum;
+    for (int i = 0; i < 8; i++) {
+        __m256i two = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w[i]),
+                                           _mm256_sign_epi8((__m256i)SET(four)(x + 4 * i), (__m256i)w[i]));
+        s = _mm256_add_epi32(s, _mm256_madd_epi16(two, _mm256_set1_epi16(1)));
+    }
+    return (vi)s;
+}
+
+#elif defined KERNELS_AVX512 || defined KERNELS_AVXVNNI
+
+#ifdef KERNELS_AVX512
+#define DPBUSD(s, w, x) (vi)_mm512_dpbusd_epi32((__m512i)(s), (__m512i)(w), (__m512i)(x))
+#else
+#define DPBUSD(s, w, x) (vi)_mm256_dpbusd_avx_epi32((__m256i)(s), (__m256i)(w), (__m256i)(x))
+#endif
+
+/* Four products of unsigned w and signed x a lane; two chains hide the latency. */
+INLINE vi SET(dot_u4)(const vb w[8], const int8_t *x, int32_t sum)
+{
+    vi s = { 0 }, t = { 0 };
+    (void)sum;
+    for (int i = 0; i < 8; i += 2) {
+        s = DPBUSD(s, w[i], SET(four)(x + 4 * i));
+        t = DPBUSD(t, w[i + 1], SET(four)(x + 4 * i + 4));
+    }
+    return s + t;
+}
+
+/* Signed weights become unsigned by adding 128, which adds 128 times the sum of x. */
+INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
+{
+    vi s = (vi){ 0 } - 128 * sum, t = { 0 };
+    for (int i = 0; i < 8; i += 2) {
+        s = DPBUSD(s, w[i] ^ 128, SET(four)(x + 4 * i));
+        t = DPBUSD(t, w[i + 1] ^ 128, SET(four)(x + 4 * i + 4));
+    }
+    return s + t;
+}
+
+#undef DPBUSD
+
+#elif defined KERNELS_DOTPROD
+
+INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
+{
+    int32x4_t s = vdupq_n_s32(0), t = s;
+    (void)sum;
+    for (int i = 0; i < 8; i += 2) {
+        s = vdotq_s32(s, (int8x16_t)w[i], (int8x16_t)SET(four)(x + 4 * i));
+        t = vdotq_s32(t, (int8x16_t)w[i + 1], (int8x16_t)SET(four)(x + 4 * i + 4));
+    }
+    return (vi)vaddq_s32(s, t);
+}
+#define dot_u4_DOTPROD dot_i8_DOTPROD
+
+#elif defined KERNELS_NEON
+
+/* Products of bytes in 16 bits, neighbours added into 32: two steps make four columns a lane. */
+INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
+{
+    int32x4_t low = vdupq_n_s32(0), high = low;
+    (void)sum;
+    for (int i = 0; i < 8; i++) {
+        int8x16_t a = (int8x16_t)w[i], b = (int8x16_t)SET(four)(x + 4 * i);
+        low = vpadalq_s16(low, vmull_s8(vget_low_s8(a), vget_low_s8(b)));
+        high = vpadalq_s16(high, vmull_high_s8(a, b));
+    }
+    return (vi)vpaddq_s32(low, high);
+}
+#define dot_u4_NEON dot_i8_NEON
+
+#endif
+
+INLINE vf SET(floats)(vi x) { return __builtin_convertvector(x, vf); }
+
+/* -- packed matrices -- */
+
+/* n tokens, a constant after inlining. Each part of the strip is LANES rows. [N2] */
+INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0,
+                        const int n, const enum type type)
+{
+    const int block_bytes = type == Q4 ? Q4_BLOCK : type == Q4A ? Q4A_BLOCK : Q8_BLOCK;
+    const int quants = type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2;
+    const int n_blocks = (int)blocks(w->cols);
+    const unsigned char *block = w->data + (size_t)strip * (size_t)n_blocks * (size_t)block_bytes;
+    vf acc[PARTS][8];
+    for (int part = 0; part < PARTS; part++)
+        for (int r = 0; r < n; r++)
+            acc[part][r] = (vf){ 0 };
+    for (int b = 0; b < n_blocks; b++, block += block_bytes) {
+        for (int line = 0; line < block_bytes; line += 64)
+            __builtin_prefetch(block + PREFETCH + line);
+        for (int group = 0; group < 2; group++) {
+            size_t at = (size_t)(2 * b + group) * (size_t)x->n + (size_t)r0;
+            const int8_t *q = x->q + at * GROUP;
+            const float *scale = x->scale + at, *offset = x->offset + at;
+            const int32_t *sum = x->sum + at;
+            for (int part = 0; part < PARTS; part++) {
+                const unsigned char *line = block + part * 4 * LANES + group * (type == Q8 ? 512 : 256);
+                const unsigned char *scales = block + quants + group * 32 + part * 2 * LANES;
+                vb weights[8];      /* [columns 4 i ..][row, column] */
+                for (int i = 0; i < (type == Q8 ? 8 : 4); i++) {
+                    vb bytes = *(const vb *)(line + 64 * i);
+                    if (type == Q8) {
+                        weights[i] = bytes;
+                    } else {
+                        weights[2 * i] = bytes & 15;
+                        weights[2 * i + 1] = bytes >> 4;
+                    }
+                }
+                vf d = SET(halves)(scales), m = type == Q4A ? SET(halves)(scales + 64) : (vf){ 0 };
+                for (int r = 0; r < n; r++) {
+                    vi isum = type == Q8 ? SET(dot_i8)(weights, q + GROUP * r, sum[r])
+                                         : SET(dot_u4)(weights, q + GROUP * r, sum[r]);
+                    if (type == Q4)
+                        isum -= 8 * sum[r];
+                    acc[part][r] = SET(fma_v)(SET(floats)(isum), d * scale[r], acc[part][r]);
+                    if (type == Q4A)
+                        acc[part][r] = SET(fma_v)(m, (vf){ 0 } + offset[r], acc[part][r]);
+                }
+            }
+        }
+    }
+    for (int part = 0; part < PARTS; part++)
+        for (int r = 0; r < n; r++)
+            *(vf *)(tile + r * STRIP + part * LANES) = acc[part][r];
+}
+
+/* Tiles of up to 8 tokens; every size is compiled by itself, so that sums stay in registers. */
+#define PACKED(name, type)                                                                                    \
+    static void SET(name)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n) \
+    {                                                                                                         \
+        for (; n > 0; n -= 8, r0 += 8, tile += 8 * STRIP)                                                     \
+            switch (n) {                                                                                      \
+            case 1: SET(packed)(tile, w, strip, x, r0, 1, type); break;                                       \
+            case 2: SET(packed)(tile, w, strip, x, r0, 2, type); break;                                       \
+            case 3: SET(packed)(tile, w, strip, x, r0, 3, type); break;                                       \
+            case 4: SET(packed)(tile, w, strip, x, r0, 4, type); break;                                       \
+            case 5: SET(packed)(tile, w, strip, x, r0, 5, type); break;                                       \
+            case 6: SET(packed)(tile, w, strip, x, r0, 6, type); break;                                       \
+            case 7: SET(packed)(tile, w, strip, x, r0, 7, type); break;                                       \
+            default: SET(packed)(tile, w, strip, x, r0, 8, type); break;                                      \
+            }                                                                                                 \
+    }
+PACKED(matmul_q4, Q4)
+PACKED(matmul_q4a, Q4A)
+PACKED(matmul_q8, Q8)
+#undef PACKED
+
+/* -- float matrices -- */
+
+INLINE vf SET(weights)(const unsigned char *data, size_t i, const enum type type)
+{
+    if (type == F32)
+        return *(const vf *)(data + 4 * i);
+    if (type == F16)
+        return SET(halves)(data + 2 * i);
+    return (vf)(__builtin_convertvector(*(const vh *)(data + 2 * i), vi) << 16);
+}
+
+/* ROWS x n dot products: sixteen partial sums each, in PARTS vectors. [N3] */
+INLINE void SET(dots)(float *tile, const struct matrix *w, size_t row, const struct input *x, int r0,
+                      const int rows, const int n, const enum type type)
+{
+    vf s[4][4][PARTS];
+    int k = 0, cols = w->cols;
+    const float *from = x->x + (size_t)r0 * x->stride;
+    for (int i = 0; i < rows; i++)
+        for (int r = 0; r < n; r++)
+            for (int part = 0; part < PARTS; part++)
+                s[i][r][part] = (vf){ 0 };
+    for (; k + 16 <= cols; k += 16)
+        for (int part = 0; part < PARTS; part++)
+            for (int i = 0; i < rows; i++) {
+                vf weights = SET(weights)(w->data, (row + (size_t)i) * (size_t)cols + (size_t)(k + part * LANES), type);
+                for (int r = 0; r < n; r++)
+                    s[i][r][part] = SET(fma_v)(weights, *(const vf *)(from + (size_t)r * x->stride + k + part * LANES),
+                                               s[i][r][part]);
+            }
+    for (int i = 0; i < rows; i++)
+        for (int r = 0; r < n; r++) {
+            float sums[16];
+            for (int part = 0; part < PARTS; part++)
+                *(vf *)(sums + part * LANES) = s[i][r][part];
+            for (int rest = k; rest < cols; rest++)
+                sums[rest - k] = fma_(float_weight(w, (row + (size_t)i) * (size_t)cols + (size_t)rest),
+                                      from[(size_t)r * x->stride + (size_t)rest], sums[rest - k]);
+            tile[r * STRIP + i] = tree(sums);
+        }
+}
+
+/* As many sums at once as there are registers for. */
+INLINE void SET(floating)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n,
+                          const enum type type)
+{
+    int rows = w->rows - strip * STRIP < STRIP ? w->rows - strip * STRIP : STRIP;
+    for (int i = 0; i < rows;) {
+        size_t row = (size_t)(strip * STRIP + i);
+        int step = rows - i >= 4 ? 4 : 1, r = 0;
+        if (step == 4) {
+            for (; r + FLOAT_TOKENS <= n; r += FLOAT_TOKENS)
+                SET(dots)(tile + r * STRIP + i, w, row, x, r0 + r, 4, FLOAT_TOKENS, type);
+            for (; r < n; r++)
+                SET(dots)(tile + r * STRIP + i, w, row, x, r0 + r, 4, 1, type);
+        }
+        for (; r < n; r++)
+            SET(dots)(tile + r * STRIP + i, w, row, x, r0 + r, 1, 1, type);
+        i += step;
+    }
+}
+
+static void SET(matmul_f32)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n)
+{ SET(floating)(tile, w, strip, x, r0, n, F32); }
+static void SET(matmul_f16)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n)
+{ SET(floating)(tile, w, strip, x, r0, n, F16); }
+static void SET(matmul_bf16)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n)
+{ SET(floating)(tile, w, strip, x, r0, n, BF16); }
+
+/* -- attention -- */
+
+INLINE vf SET(load)(const void *cache, size_t i, const int f32)
+{
+    return f32 ? *(const vf *)((const float *)cache + i) : SET(halves)((const uint16_t *)cache + i);
+}
+
+/* n queries (a constant) against a block: scores with one lane per position, then outputs with one
+   lane per dimension. [N4] */
+INLINE void SET(attend_some)(struct query *queries, const int n, const void *keys, const void *values, int hd,
+                             float scale, float cap, const int f32)
+{
+    float s[QUERIES][64], sum[QUERIES], max[QUERIES], out[QUERIES][1024];
+    int first = 64, end = 0;
+    for (int j = 0; j < n; j++) {
+        first = queries[j].first < first ? queries[j].first : first;
+        end = queries[j].end > end ? queries[j].end : end;
+    }
+    for (int i = first / 16 * 16; i < end; i += 16) {
+        vf acc[QUERIES][PARTS];
+        for (int j = 0; j < n; j++)
+            for (int part = 0; part < PARTS; part++)
+                acc[j][part] = (vf){ 0 };
+        for (int d = 0; d < hd; d++)
+            for (int part = 0; part < PARTS; part++) {
+                vf key = SET(load)(keys, key_at(i, d, hd) + (size_t)(part * LANES), f32);
+                for (int j = 0; j < n; j++)
+                    acc[j][part] = SET(fma_v)((vf){ 0 } + queries[j].q[d], key, acc[j][part]);
+            }
+        for (int j = 0; j < n; j++)
+            for (int part = 0; part < PARTS; part++)
+                *(vf *)(s[j] + i + part * LANES) = acc[j][part];
+    }
+    int inner = first, outer = end; /* where all n queries see */
+    for (int j = 0; j < n; j++) {
+        for (int i = 0; i < 64; i++)
+            s[j][i] = i >= queries[j].first && i < queries[j].end ? s[j][i] : 0.0f;
+        sum[j] = softmax_block(s[j], &queries[j], scale, cap, &max[j]);
+        inner = queries[j].first > inner ? queries[j].first : inner;
+        outer = queries[j].end < outer ? queries[j].end : outer;
+    }
+    if (inner > outer)
+        inner = outer = end;        /* nowhere together: each by itself */
+    int d = 0;
+    for (; d + LANES <= hd; d += LANES) {
+        vf acc[QUERIES];
+        for (int j = 0; j < n; j++) {
+            acc[j] = (vf){ 0 };
+            for (int i = queries[j].first; i < inner && i < queries[j].end; i++)
+                acc[j] = SET(fma_v)((vf){ 0 } + s[j][i], SET(load)(values, value_at(i, d, hd), f32), acc[j]);
+        }
+        for (int i = inner; i < outer; i++) {
+            vf value = SET(load)(values, value_at(i, d, hd), f32);
+            for (int j = 0; j < n; j++)
+                acc[j] = SET(fma_v)((vf){ 0 } + s[j][i], value, acc[j]);
+        }
+        for (int j = 0; j < n; j++) {
+            for (int i = outer > queries[j].first ? outer : queries[j].first; i < queries[j].end; i++)
+                acc[j] = SET(fma_v)((vf){ 0 } + s[j][i], SET(load)(values, value_at(i, d, hd), f32), acc[j]);
+            *(vf *)(out[j] + d) = acc[j];
+        }
+    }
+    for (; d < hd; d++)
+        for (int j = 0; j < n; j++) {
+            out[j][d] = 0;
+            for (int i = queries[j].first; i < queries[j].end; i++)
+                out[j][d] = fma_(s[j][i], cached(values, value_at(i, d, hd), f32), out[j][d]);
+        }
+    for (int j = 0; j < n; j++)
+        merge_block(&queries[j], out[j], max[j], sum[j], hd);
+}
+
+#define ATTEND(name, f32)                                                                                     \
+    static void SET(name)(struct query *q, int n, const void *k, const void *v, int hd, float scale, float cap) \
+    {                                                                                                         \
+        switch (n) {                                                                                          \
+        case 1: SET(attend_some)(q, 1, k, v, hd, scale, cap, f32); break;                                     \
+        case 2: SET(attend_some)(q, 2, k, v, hd, scale, cap, f32); break;                                     \
+        case 3: SET(attend_some)(q, 3, k, v, hd, scale, cap, f32); break;                                     \
+        default: SET(attend_some)(q, 4, k, v, hd, scale, cap, f32); break;                                    \
+        }                                                                                                     \
+    }
+ATTEND(attend_f16, 0)
+ATTEND(attend_f32, 1)
+#undef ATTEND
+
+#define INSTANTIATE_SET(set) INSTANTIATE(set)
+INSTANTIATE_SET(RUN_KERNELS)
+
+static const struct kernels SET(kernels) = {
+    KERNELS_NAME,
+    { SET(matmul_f32), SET(matmul_f16), SET(matmul_bf16), SET(matmul_q4), SET(matmul_q4a), SET(matmul_q8) },
+    SET(rmsnorm), SET(quantize), SET(glu), SET(rope),
+    { SET(attend_f16), SET(attend_f32) }, SET(exp_sum), SET(read),
+};
+
+#undef JOIN2
+#undef JOIN
+#undef SET
+#undef PARTS
+#undef vf
+#undef vi
+#undef vb
+#undef vh
+#undef INSTANTIATE_SET
+#undef RUN_KERNELS
+#undef KERNELS_AVX2
+#undef KERNELS_AVXVNNI
+#undef KERNELS_AVX512
+#undef KERNELS_NEON
+#undef KERNELS_DOTPROD
+#undef KERNELS_NAME
+#undef KERNELS_TARGET
+#undef LANES
+#undef FLOAT_TOKENS
+
+TARGET_END
+
+#elif !defined RUN_DECLARATIONS
+
+#define PREFETCH (24 * 576) /* bytes ahead: far enough for memory, near enough to stay in the first cache */
+
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define TARGET_BEGIN(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TARGET_END PRAGMA(clang attribute pop)
+#else
+#define TARGET_BEGIN(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define TARGET_END PRAGMA(GCC pop_options)
+#endif
+
+#ifdef __x86_64__
+
+#define RUN_KERNELS AVX2
+#define KERNELS_AVX2
+#define KERNELS_NAME "avx2"
+#define KERNELS_TARGET "avx2,fma,f16c"
+#define LANES 8
+#define FLOAT_TOKENS 1
+#include "run.c"
+
+#define RUN_KERNELS AVXVNNI
+#define KERNELS_AVXVNNI
+#define KERNELS_NAME "avxvnni"
+#define KERNELS_TARGET "avx2,fma,f16c,avxvnni"
+#define LANES 8
+#define FLOAT_TOKENS 1
+#include "run.c"
+
+#define RUN_KERNELS AVX512
+#define KERNELS_AVX512
+#define KERNELS_NAME "avx512vnni"
+#define KERNELS_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
+#define LANES 16
+#define FLOAT_TOKENS 4
+#include "run.c"
+
+/* What __builtin_cpu_supports does not know in all supported compilers. */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
+}
+
+static int has_avxvnni(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+
+#else
+
+#define RUN_KERNELS NEON
+#define KERNELS_NEON
+#define KERNELS_NAME "neon"
+#define KERNELS_TARGET "+simd"
+#define LANES 4
+#define FLOAT_TOKENS 1
+#include "run.c"
+
+#define RUN_KERNELS DOTPROD
+#define KERNELS_DOTPROD
+#define KERNELS_NAME "dotprod"
+#define KERNELS_TARGET "arch=armv8.2-a+dotprod"
+#define LANES 4
+#define FLOAT_TOKENS 1
+#include "run.c"
+
+static int has_dotprod(void)
+{
+#ifdef __linux__
+    return getauxval(AT_HWCAP) >> 20 & 1;
+#else
+    return 1; /* Apple's */
+#endif
+}
+
+#endif
+
+/* What this machine can run, best first; the scalar kernels last. */
+static int available_kernels(const struct kernels *list[4])
+{
+    int n = 0;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+        list[n++] = &kernels_AVX512;
+    if (avx2 && has_avxvnni())
+        list[n++] = &kernels_AVXVNNI;
+    if (avx2)
+        list[n++] = &kernels_AVX2;
+#else
+    if (has_dotprod())
+        list[n++] = &kernels_DOTPROD;
+    list[n++] = &kernels_NEON;
+#endif
+    list[n++] = &kernels_scalar;
+    return n;
+}
+
+/* The best set, or the one that the environment variable RUN_ISA names. */
+static const struct kernels *choose_kernels(run_error *error)
+{
+    const struct kernels *list[4];
+    int n = available_kernels(list);
+    const char *wanted = getenv("RUN_ISA");
+    if (!wanted || !*wanted)
+        return list[0];
+    for (int i = 0; i < n; i++)
+        if (!strcmp(wanted, list[i]->name))
+            return list[i];
+    fail(error, "this machine has no instruction set \"%.20s\" (RUN_ISA); its best is %s", wanted, list[0]->name);
+    return NULL;
+}
+
+/* == PROGRAM =================================================================================
+
+   The command line. Text goes to standard output, everything else to standard error. Exit status:
+   0 done, 1 the work failed, 2 wrong usage.                                                   */
+
+#ifndef RUN_LIBRARY
+
+static const char usage_text[] =
+    "usage: ./run MODEL [options]\n"
+    "\n"
+    "  -m MODE               generate, chat, perplexity, tokenize, info, bench, quantize\n"
+    "                        (default: chat if the file has a chat format, else generate)\n"
+    "\n"
+    "text\n"
+    "  -i TEXT               prompt, byte for byte\n"
+    "  -f FILE               prompt from a file (- for standard input)\n"
+    "  -y TEXT               system prompt (chat; default: the model's own)\n"
+    "  -n N                  tokens to generate, 0: until the context is full (generate 256, chat 0)\n"
+    "  --stop TEXT           end before this text; may be repeated\n"
+    "  --special             the prompt may contain control tokens, the output shows them\n"
+    "  --no-echo             generate: do not repeat the prompt\n"
+    "\n"
+    "sampling\n"
+    "  -t NUMBER             temperature, 0: always the most probable token (0.8)\n"
+    "  -k N                  keep the N most probable tokens, 0: all (40)\n"
+    "  -p NUMBER             keep the most probable tokens up to this sum (0.95)\n"
+    "  --min-p NUMBER        drop tokens less probable than this times the best (0.05)\n"
+    "  --repeat-penalty X    divide the logits of the last 64 tokens by X (1)\n"
+    "  -s N                  seed (default: drawn, and printed)\n"
+    "\n"
+    "engine\n"
+    "  -c N                  context size in tokens (what the model was trained for, memory permitting)\n"
+    "  -j N                  threads (physical cores this process may use)\n"
+    "  --kv f16|f32          type of the key/value cache (f16)\n"
+    "  --draft auto|off      speculative drafting (auto)\n"
+    "  --draft-max N         tokens to draft at most (8)\n"
+    "\n"
+    "output\n"
+    "  --json                one JSON object on standard output\n"
+    "  --logprobs K          with --json: log-probabilities of each token and the K best\n"
+    "  --type TYPE           quantize: auto, q4, q4a, q8, f16, bf16, f32 (auto: exact where it can be)\n"
+    "  --verify              info: check the checksums of all tensors\n"
+    "  -o FILE               quantize: the file to write\n"
+    "  -h                    this text\n"
+    "\n"
+    "environment: RUN_ISA forces an instruction set (info shows them)\n";
+
+enum { MAX_STOPS = 64 };
+
+struct options {
+    const char *model, *mode, *prompt, *prompt_file, *system, *output, *stops[MAX_STOPS];
+    int n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft_max;
+    int have_seed;
+    run_sampling sampling;
+};
+
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int signal)
+{
+    (void)signal;
+    interrupted = 1;
+}
+
+__attribute__((format(printf, 1, 2), noreturn))
+static void wrong_usage(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "run: ");
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, " (-h lists the options)\n");
+    va_end(arguments);
+    exit(2);
+}
+
+static int failure(const run_error *error)
+{
+    fprintf(stderr, "run: %s\n", error->text);
+    return 1;
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int64_t option_integer(const char *name, const char *text, int64_t low, int64_t high)
+{
+    int64_t value;
+    if (parse_integer(text, low, high, &value))
+        wrong_usage("%s takes a whole number from %lld to %lld, not \"%s\"", name, (long long)low, (long long)high, text);
+    return value;
+}
+
+static float option_number(const char *name, const char *text, double low, double high)
+{
+    double value;
+    if (parse_number(text, low, high, &value))
+        wrong_usage("%s takes a number from %g to %g, not \"%s\"", name, low, high, text);
+    return (float)value;
+}
+
+static int option_word(const char *name, const char *text, const char *const *words)
+{
+    for (int i = 0; words[i]; i++)
+        if (!strcmp(text, words[i]))
+            return i;
+    wrong_usage("%s does not take \"%s\"", name, text);
+}
+
+static const char *const mode_names[] = { "generate", "chat", "perplexity", "tokenize", "info", "bench", "quantize", NULL };
+static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q8", NULL };
+
+/* An option without a value; 0 if it is none. */
+static int parse_flag(struct options *o, const char *name)
+{
+    if (!strcmp(name, "--special"))
+        o->special = 1;
+    else if (!strcmp(name, "--no-echo"))
+        o->no_echo = 1;
+    else if (!strcmp(name, "--json"))
+        o->json = 1;
+    else if (!strcmp(name, "--verify"))
+        o->verify = 1;
+    else
+        return 0;
+    return 1;
+}
+
+static void parse_option(struct options *o, const char *name, const char *value)
+{
+    if (!strcmp(name, "-m"))
+        o->mode = mode_names[option_word(name, value, mode_names)];
+    else if (!strcmp(name, "-i"))
+        o->prompt = value;
+    else if (!strcmp(name, "-f"))
+        o->prompt_file = value;
+    else if (!strcmp(name, "-y"))
+        o->system = value;
+    else if (!strcmp(name, "-o"))
+        o->output = value;
+    else if (!strcmp(name, "-n"))
+        o->tokens = (int)option_integer(name, value, 0, INT_MAX);
+    else if (!strcmp(name, "-t"))
+        o->sampling.temperature = option_number(name, value, 0, 1000);
+    else if (!strcmp(name, "-p"))
+        o->sampling.top_p = option_number(name, value, 0, 1);
+    else if (!strcmp(name, "-k"))
+        o->sampling.top_k = (int)option_integer(name, value, 0, INT_MAX);
+    else if (!strcmp(name, "--min-p"))
+        o->sampling.min_p = option_number(name, value, 0, 1);
+    else if (!strcmp(name, "--repeat-penalty"))
+        o->sampling.repeat_penalty = option_number(name, value, 0.01, 100);
+    else if (!strcmp(name, "-s"))
+        o->sampling.seed = (uint64_t)option_integer(name, value, 0, INT64_MAX), o->have_seed = 1;
+    else if (!strcmp(name, "-c"))
+        o->context = (int)option_integer(name, value, 1, 1 << 26);
+    else if (!strcmp(name, "-j"))
+        o->threads = (int)option_integer(name, value, 1, 1024);
+    else if (!strcmp(name, "--kv"))
+        o->kv_f32 = option_word(name, value, (const char *const[]){ "f16", "f32", NULL });
+    else if (!strcmp(name, "--draft"))
+        option_word(name, value, (const char *const[]){ "auto", "off", NULL });
+    else if (!strcmp(name, "--draft-max"))
+        o->draft_max = (int)option_integer(name, value, 0, 64);
+    else if (!strcmp(name, "--logprobs"))
+        o->logprobs = (int)option_integer(name, value, 0, INT_MAX);
+    else if (!strcmp(name, "--type"))
+        o->type = option_word(name, value, target_names);
+    else if (!strcmp(name, "--stop") && !*value)
+        wrong_usage("--stop needs a text that is not empty");
+    else if (!strcmp(name, "--stop") && o->n_stops == MAX_STOPS)
+        wrong_usage("at most %d --stop texts", MAX_STOPS);
+    else if (!strcmp(name, "--stop"))
+        o->stops[o->n_stops++] = value;
+    else
+        wrong_usage("unknown option %s", name);
+}
+
+static struct options parse_options(int n, char **words)
+{
+    struct options o = { .tokens = -1, .logprobs = -1, .draft_max = 8 };
+    o.sampling = (run_sampling){ .temperature = 0.8f, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1, .top_k = 40 };
+    for (int i = 1; i < n; i++) {
+        if (!strcmp(words[i], "-h") || !strcmp(words[i], "--help")) {
+            fputs(usage_text, stdout);
+            exit(0);
+        }
+        if (words[i][0] != '-' || !words[i][1]) {
+            if (o.model)
+                wrong_usage("two model files: %s and %s", o.model, words[i]);
+            o.model = words[i];
+        } else if (!parse_flag(&o, words[i])) {
+            static const char *const known[] = { "-m", "-i", "-f", "-y", "-o", "-n", "-t", "-p", "-k", "--min-p",
+                "--repeat-penalty", "-s", "-c", "-j", "--kv", "--draft", "--draft-max", "--logprobs", "--type", "--stop" };
+            int takes = 0;
+            for (size_t k = 0; k < sizeof known / sizeof *known; k++)
+                takes |= !strcmp(words[i], known[k]);
+            if (!takes)
+                wrong_usage("unknown option %s", words[i]);
+            if (i + 1 == n)
+                wrong_usage("%s needs a value", words[i]);
+            parse_option(&o, words[i], words[i + 1]);
+            i++;
+        }
+    }
+    if (!o.model)
+        wrong_usage("which model? for example: ./run models/stories260K.bin");
+    if (o.prompt && o.prompt_file)
+        wrong_usage("-i and -f are two prompts; give one");
+    return o;
+}
+
+/* -- input -- */
+
+static int read_stream(FILE *file, struct text *t)
+{
+    char buffer[65536];
+    size_t n;
+    while ((n = fread(buffer, 1, sizeof buffer, file)) > 0)
+        text_add(t, buffer, n);
+    return ferror(file) || t->broken ? -1 : 0;
+}
+
+/* The prompt of -i or -f, byte for byte. */
+static int read_prompt(const struct options *o, struct text *t, run_error *error)
+{
+    text_add(t, "", 0);
+    if (o->prompt)
+        text_add(t, o->prompt, strlen(o->prompt));
+    if (o->prompt_file) {
+        FILE *file = strcmp(o->prompt_file, "-") ? fopen(o->prompt_file, "rb") : stdin;
+        if (!file)
+            return fail(error, "cannot open %.200s: %s", o->prompt_file, strerror(errno));
+        errno = 0;
+        int bad = read_stream(file, t);
+        int reason = errno;
+        if (file != stdin)
+            fclose(file);
+        if (bad)
+            return fail(error, "cannot read %.200s: %s", o->prompt_file, strerror(reason ? reason : ENOMEM));
+    }
+    return t->broken ? fail(error, "out of memory for the prompt") : 0;
+}
+
+/* Without a tokenizer a prompt is a list of ids. */
+static int parse_ids(const run_model *m, const struct text *t, int **ids, run_error *error)
+{
+    int n = 0;
+    *ids = NULL;
+    for (char *at = t->data; *(at += strspn(at, " \n\t\r"));) {
+        char *end;
+        long id = strtol(at, &end, 10);
+        if (end == at || id < 0 || id >= m->config.vocab)
+            return fail(error, "this model has no tokenizer, so a prompt is a list of token ids below %d", m->config.vocab);
+        if (grow(ids, n, sizeof **ids))
+            return fail(error, "out of memory");
+        (*ids)[n++] = (int)id;
+        at = end;
+    }
+    return n;
+}
+
+/* BOS, if the model wants one, and the tokens of a text. */
+static int prompt_ids(const run_model *m, const struct text *t, int trusted, int add_bos, int **ids, run_error *error)
+{
+    int n = m->tokenizer ? run_tokenize(m, t->data, t->n, trusted, ids, error) : parse_ids(m, t, ids, error);
+    if (n < 0)
+        return -1;
+    if (!add_bos)
+        return n;
+    int *longer = realloc(*ids, ((size_t)n + 1) * sizeof **ids);
+    if (!longer) {
+        free(*ids);
+        return fail(error, "out of memory");
+    }
+    memmove(longer + 1, longer, (size_t)n * sizeof *longer);
+    longer[0] = m->config.bos;
+    *ids = longer;
+    return n + 1;
+}
+
+/* -- chat: a conversation is rendered as one text, in which only the format's own parts are trusted -- */
+
+enum role { SYSTEM, USER, ASSISTANT };
+
+struct message {
+    enum role role;
+    char *text;
+    size_t length;
+};
+
+struct chat {
+    const run_model *model;
+    struct message *messages;
+    int n;
+};
+
+static const char *format_text(const run_model *m, const char *key)
+{
+    const char *text = run_text(m, key);
+    return text ? text : "";
+}
+
+/* White space as Python's str.strip() and jinja's trim see it; its length in bytes, or 0. */
+static size_t space_at(const char *s, size_t left)
+{
+    const unsigned char *b = (const unsigned char *)s;
+    if (left >= 1 && (*b == ' ' || (*b >= 9 && *b <= 13) || (*b >= 0x1c && *b <= 0x1f)))
+        return 1;
+    if (left >= 2 && *b == 0xc2 && (b[1] == 0x85 || b[1] == 0xa0))
+        return 2;
+    if (left < 3 || *b < 0xe1 || *b > 0xe3)
+        return 0;
+    unsigned c = (unsigned)(*b & 15) << 12 | (unsigned)(b[1] & 63) << 6 | (b[2] & 63);
+    return c == 0x1680 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+           c == 0x3000 ? 3 : 0;
+}
+
+struct rendering {
+    tokenizer_span *spans;
+    int n, broken;
+};
+
+static void add_span(struct rendering *r, const char *text, size_t length, int trusted)
+{
+    if (!length)
+        return;
+    if (r->broken || grow(&r->spans, r->n, sizeof *r->spans))
+        r->broken = 1;
+    else
+        r->spans[r->n++] = (tokenizer_span){ text, length, trusted };
+}
+
+static void add_fixed(struct rendering *r, const run_model *m, const char *key)
+{
+    const char *text = format_text(m, key);
+    add_span(r, text, strlen(text), 1);
+}
+
+/* What somebody said, cut as the model's template cuts it. */
+static void add_said(struct rendering *r, const run_model *m, const struct message *message)
+{
+    static const char *const roles[] = { "system", "user", "assistant" };
+    const char *text = message->text, *end = text + message->length, *think = run_text(m, "chat.think.end");
+    size_t n;
+    if (message->role == ASSISTANT && think && *think) {
+        for (size_t skip = strlen(think), at = message->length; at >= skip; at--)
+            if (!memcmp(message->text + at - skip, think, skip)) {
+                for (text += at; text < end && *text == '\n';)
+                    text++;
+                break;
+            }
+    }
+    if (strstr(format_text(m, "chat.trim"), roles[message->role])) {
+        while (text < end && (n = space_at(text, (size_t)(end - text))) > 0)
+            text += n;
+        for (n = 1; n <= 3 && end - text >= (ptrdiff_t)n;)
+            if (space_at(end - n, n) == n)
+                end -= n, n = 1;
+            else
+                n++;
+    }
+    add_span(r, text, (size_t)(end - text), 0);
+}
+
+/* begin, system, turns, and the beginning of the answer. */
+static int render_chat(const struct chat *c, struct rendering *r)
+{
+    const run_model *m = c->model;
+    const char *place = format_text(m, "chat.system.place");
+    struct message standard = { SYSTEM, NULL, 0 };
+    const struct message *system = c->n && c->messages[0].role == SYSTEM ? &c->messages[0] : NULL;
+    int last = c->n - 1, first = 1;
+    if (!system && run_text(m, "chat.system.default")) {
+        standard.text = (char *)(uintptr_t)run_text(m, "chat.system.default");
+        standard.length = strlen(standard.text);
+        system = &standard;
+    }
+    memset(r, 0, sizeof *r);
+    add_fixed(r, m, "chat.begin");
+    if (system && !strcmp(place, "start")) {
+        add_fixed(r, m, "chat.system.before");
+        add_said(r, m, system);
+        add_fixed(r, m, "chat.system.after");
+    }
+    for (int i = 0; i < c->n; i++) {
+        const struct message *message = &c->messages[i];
+        if (message->role == SYSTEM)
+            continue;
+        add_fixed(r, m, message->role == USER ? "chat.user.before" : "chat.assistant.before");
+        if (message->role == USER && system && ((first && !strcmp(place, "first")) || (i == last && !strcmp(place, "last")))) {
+            add_fixed(r, m, "chat.system.before");
+            add_said(r, m, system);
+            add_fixed(r, m, "chat.system.after");
+        }
+        if (message->role == USER)
+            first = 0;
+        add_said(r, m, message);
+        add_fixed(r, m, message->role == USER ? "chat.user.after" : "chat.assistant.after");
+    }
+    add_fixed(r, m, "chat.generate");
+    return r->broken ? -1 : 0;
+}
+
+static int chat_ids(const struct chat *c, int **ids, run_error *error)
+{
+    struct rendering r;
+    int n = 0, bad = render_chat(c, &r) || tokenizer_encode(c->model->tokenizer, r.spans, r.n, ids, &n);
+    free(r.spans);
+    return bad ? fail(error, "out of memory for the conversation") : n;
+}
+
+static int chat_add(struct chat *c, enum role role, const char *text, size_t length, run_error *error)
+{
+    char *copy = malloc(length + 1);
+    if (!copy || grow(&c->messages, c->n, sizeof *c->messages)) {
+        free(copy);
+        return fail(error, "out of memory for the conversation");
+    }
+    memcpy(copy, text, length);
+    c->messages[c->n++] = (struct message){ role, copy, length };
+    return 0;
+}
+
+static void chat_drop(struct chat *c, int n)
+{
+    while (c->n > n)
+        free(c->messages[--c->n].text);
+}
+
+/* Opens the conversation with a system prompt, if there is one. */
+static int chat_begin(struct chat *c, const run_model *m, const char *system, run_error *error)
+{
+    *c = (struct chat){ .model = m };
+    if (!run_text(m, "chat.user.before") || !m->tokenizer)
+        return fail(error, "this model file has no chat format; use -m generate");
+    if (system && !*format_text(m, "chat.system.place"))
+        return fail(error, "this model's chat format has no place for a system prompt");
+    return system ? chat_add(c, SYSTEM, system, strlen(system), error) : 0;
+}
+
+/* -- one generation with its output -- */
+
+struct output {                     /* what the callback collects */
+    const struct options *options;
+    run_session *session;
+    struct text text;
+    int *ids;
+    int n;
+    struct text logprobs;           /* JSON */
+    int live;                       /* text goes to standard output as it comes */
+    int broken;
+    double prompt_seconds, seconds;
+    int prompt_tokens;
+};
+
+/* {"id":..,"logprob":..,"top":[[id,logprob],...]} */
+static int add_logprobs(struct text *t, run_session *s, const float *logits, int id, int k)
+{
+    double total;
+    int vocab = s->model->config.vocab;
+    if (log_total(s->model, logits, &total))
+        return -1;
+    k = k < vocab ? k : vocab;
+    if (t->n)
+        text_print(t, ",");
+    text_print(t, "{\"id\":%d,\"logprob\":%.9g,\"top\":[", id, (double)logits[id] - total);
+    select_first(logits, vocab, k, s->order);
+    for (int i = 0; i < k; i++)
+        text_print(t, "%s[%d,%.9g]", i ? "," : "", s->order[i], (double)logits[s->order[i]] - total);
+    text_print(t, "]}");
+    return t->broken ? -1 : 0;
+}
+
+static int collect(void *context, int id, const char *text, size_t length)
+{
+    struct output *o = context;
+    text_add(&o->text, text, length);
+    if (id >= 0) {
+        if (grow(&o->ids, o->n, sizeof *o->ids))
+            return o->broken = 1;
+        o->ids[o->n++] = id;
+        if (o->options->json && o->options->logprobs >= 0 &&
+            add_logprobs(&o->logprobs, o->session, run_logits(o->session), id, o->options->logprobs))
+            return o->broken = 1;
+        if (o->live && !o->session->model->tokenizer)
+            printf(" %d", id);
+    }
+    if (o->live && (length || !o->session->model->tokenizer)) {
+        fwrite(text, 1, length, stdout);
+        fflush(stdout);
+    }
+    return interrupted || o->broken || ferror(stdout);
+}
+
+/* Reads the prompt in pieces, so that it can be interrupted and a person sees that it goes on. */
+static int read_in(run_session *s, const int *ids, int n, run_error *error)
+{
+    for (int done = 0; done < n && !interrupted;) {
+        int chunk = n - done < CHUNK ? n - done : CHUNK;
+        if (isatty(2) && n > 8 * CHUNK)
+            fprintf(stderr, "\rreading %d of %d tokens", done, n);
+        if (eval(s, ids + done, chunk, done + chunk == n, error))
+            return -1;
+        done += chunk;
+    }
+    if (isatty(2) && n > 8 * CHUNK)
+        fprintf(stderr, "\r%40s\r", "");
+    return 0;
+}
+
+/* Makes the session's timeline equal ids, reading only what it does not have yet; then generates. */
+static int answer(struct output *o, const int *ids, int n, int max_tokens, run_result *result, run_error *error)
+{
+    run_session *s = o->session;
+    run_generation how = { o->options->sampling, max_tokens, o->options->stops, o->options->n_stops,
+                           o->options->special, collect, o };
+    int common = 0;
+    while (common < n - 1 && common < s->length && s->tokens[common] == ids[common])
+        common++;
+    *result = (run_result){ .stop = RUN_CANCELLED };
+    if (n > s->context)
+        return fail(error, "the context is full: the prompt has %d tokens, the context %d positions (-c)", n, s->context);
+    double start = seconds();
+    interrupted = 0;
+    if (run_rewind(s, common, error) || read_in(s, ids + common, n - common, error))
+        return -1;
+    o->prompt_tokens = n - common;
+    o->prompt_seconds = seconds() - start;
+    start = seconds();
+    int failed = s->wanted ? run_generate(s, &how, result, error) : 0;
+    o->seconds = seconds() - start;
+    return failed ? -1 : o->broken ? fail(error, "out of memory, or a logit is not finite") : 0;
+}
+
+static double rate(int n, double time) { return n > 0 && time > 0 ? n / time : 0; }
+
+static void print_statistics(const struct output *o, const run_result *r)
+{
+    fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", o->prompt_tokens,
+            rate(o->prompt_tokens, o->prompt_seconds), r->tokens, rate(r->tokens, o->seconds));
+}
+
+static void print_ids(struct text *t, const int *ids, int n)
+{
+    text_print(t, "[");
+    for (int i = 0; i < n; i++)
+        text_print(t, "%s%d", i ? "," : "", ids[i]);
+    text_print(t, "]");
+}
+
+static void print_result(const struct output *o, const int *ids, int n, const run_result *r)
+{
+    static const char *const stops[] = { "length", "eos", "stop", "context", "cancelled" };
+    struct text t = { 0 };
+    text_print(&t, "{\"prompt_ids\":");
+    print_ids(&t, ids, n);
+    text_print(&t, ",\"ids\":");
+    print_ids(&t, o->ids, o->n);
+    text_print(&t, ",\"text\":");
+    text_json(&t, o->text.data ? o->text.data : "", o->text.n);
+    text_print(&t, ",\"stop\":\"%s\",\"stats\":{\"prompt_tok_s\":%.6g,\"decode_tok_s\":%.6g,\"passes\":%d,\"drafted\":%d,"
+               "\"accepted\":%d,\"net_gain\":0}", stops[r->stop], rate(o->prompt_tokens, o->prompt_seconds),
+               rate(r->tokens, o->seconds), r->passes, r->drafted, r->accepted);
+    if (o->options->logprobs >= 0) {
+        text_print(&t, ",\"logprobs\":[");
+        text_add(&t, o->logprobs.data ? o->logprobs.data : "", o->logprobs.n);
+        text_print(&t, "]");
+    }
+    text_print(&t, "}\n");
+    if (!t.broken)
+        fwrite(t.data, 1, t.n, stdout);
+    free(t.data);
+}
+
+static void output_close(struct output *o)
+{
+    free(o->text.data);
+    free(o->ids);
+    free(o->logprobs.data);
+}
+
+/* Everything written reached its place. */
+static int finish_output(void)
+{
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return 0;
+    fprintf(stderr, "run: cannot write the output: %s\n", strerror(errno));
+    return 1;
+}
+
+/* -- modes -- */
+
+static int mode_generate(const struct options *o, run_session *s, run_error *error)
+{
+    const run_model *m = s->model;
+    struct text prompt = { 0 };
+    struct output out = { .options = o, .session = s, .live = !o->json };
+    run_result result;
+    int *ids = NULL, failed = read_prompt(o, &prompt, error);
+    int empty = !failed && !prompt.n && m->config.bos >= 0;
+    int n = failed ? -1 : prompt_ids(m, &prompt, o->special, m->config.add_bos || empty, &ids, error);
+    failed = n < 0 ? -1 : n == 0 ? fail(error, "the prompt is empty, and this model has no BOS token to begin with") : 0;
+    if (!failed) {
+        if (out.live && !o->no_echo) {
+            fwrite(prompt.data, 1, prompt.n, stdout);
+            fflush(stdout);
+        }
+        failed = answer(&out, ids, n, o->tokens < 0 ? 256 : o->tokens, &result, error);
+    }
+    if (!failed && o->json)
+        print_result(&out, ids, n, &result);
+    if (!failed && out.live && (!out.text.n || out.text.data[out.text.n - 1] != '\n'))
+        putchar('\n');
+    if (!failed && !o->json) {
+        print_statistics(&out, &result);
+        if (result.stop == RUN_CONTEXT)
+            fprintf(stderr, "the context of %d tokens is full\n", s->context);
+    }
+    output_close(&out);
+    free(ids);
+    free(prompt.data);
+    return failed ? failure(error) : finish_output();
+}
+
+/* One turn: what the user said is in the conversation already; the answer is added to it. */
+static int chat_turn(struct chat *c, const struct options *o, run_session *s, struct output *last, run_result *result,
+                     run_error *error)
+{
+    struct output out = { .options = o, .session = s, .live = !o->json };
+    int *ids = NULL, n = chat_ids(c, &ids, error);
+    int failed = n < 0 ? -1 : answer(&out, ids, n, o->tokens < 0 ? 0 : o->tokens, result, error);
+    if (!failed && o->json)
+        print_result(&out, ids, n, result);
+    if (!failed && !o->json) {
+        putchar('\n');
+        fflush(stdout);
+        if (result->stop == RUN_CONTEXT)
+            fprintf(stderr, "(the context of %d tokens is full; /reset begins anew)\n", s->context);
+    }
+    if (!failed)
+        failed = chat_add(c, ASSISTANT, out.text.data ? out.text.data : "", out.text.n, error);
+    *last = out;
+    last->text = last->logprobs = (struct text){ 0 };
+    last->ids = NULL;
+    output_close(&out);
+    free(ids);
+    return failed;
+}
+
+/* A line of input without its end; lines that end in a backslash go on. 0 at the end of input. */
+static int read_line(struct text *line)
+{
+    line->n = 0;
+    text_add(line, "", 0);
+    for (;;) {
+        int c = getchar();
+        if (c == EOF && !feof(stdin) && errno == EINTR) { /* Ctrl-C while waiting */
+            clearerr(stdin);
+            interrupted = 0;
+            fprintf(stderr, "\n(/exit or Ctrl-D leaves)\n> ");
+            line->n = 0;
+            continue;
+        }
+        if (c == EOF)
+            return line->n > 0;
+        if (c == '\n') {
+            if (line->n && line->data[line->n - 1] == '\\') {
+                line->data[line->n - 1] = '\n';
+                continue;
+            }
+            return 1;
+        }
+        text_add(line, &(char){ (char)c }, 1);
+    }
+}
+
+static const char chat_help[] =
+    "/help           this text\n"
+    "/reset          forget the conversation\n"
+    "/system TEXT    forget it and set the system prompt (no text: the model's own)\n"
+    "/regen          another answer to the last question\n"
+    "/stats          speed of the last answer, tokens in the context\n"
+    "/exit           leave (or Ctrl-D); Ctrl-C stops an answer\n"
+    "A line that ends in \\ goes on in the next one.\n";
+
+static int converse(const struct options *o, run_session *s, struct chat *c, run_error *error)
+{
+    struct text line = { 0 };
+    struct output last = { 0 };
+    struct options now = *o;
+    run_result result = { 0 };
+    int person = isatty(0), failed = 0;
+    if (person)
+        fprintf(stderr, "%s - /help lists the commands\n", run_text(s->model, "name") ? run_text(s->model, "name") : o->model);
+    for (;;) {
+        int opening = c->n && c->messages[0].role == SYSTEM, ask = 0;
+        if (person)
+            fprintf(stderr, "> ");
+        if (!read_line(&line))
+            break;
+        if (!strcmp(line.data, "/exit") || !strcmp(line.data, "/quit")) {
+            break;
+        } else if (!strcmp(line.data, "/help")) {
+            fputs(chat_help, stderr);
+        } else if (!strcmp(line.data, "/stats")) {
+            print_statistics(&last, &result);
+            fprintf(stderr, "context: %d of %d tokens\n", s->length, s->context);
+        } else if (!strcmp(line.data, "/reset")) {
+            chat_drop(c, opening);
+        } else if (!strncmp(line.data, "/system", 7) && (line.data[7] == ' ' || !line.data[7])) {
+            chat_drop(c, 0);
+            if (chat_begin(c, s->model, line.data[7] ? line.data + 8 : NULL, error))
+                failure(error);
+        } else if (!strcmp(line.data, "/regen")) {
+            if ((ask = c->n > opening + 1)) {
+                chat_drop(c, c->n - 1);
+                now.sampling.stream++;
+            } else {
+                fprintf(stderr, "(there is no answer yet)\n");
+            }
+        } else if (line.data[0] == '/' && strcspn(line.data + 1, "/ .") == line.n - 1) {
+            fprintf(stderr, "(no such command; /help lists them)\n");
+        } else if (line.n) {
+            if ((failed = chat_add(c, USER, line.data, line.n, error)))
+                break;
+            ask = 1;
+        }
+        if (ask && chat_turn(c, &now, s, &last, &result, error)) {
+            chat_drop(c, c->n - 1); /* what could not be answered was not said */
+            failure(error);
+        }
+        if (ferror(stdout))
+            break;
+    }
+    if (person)
+        fprintf(stderr, "\n");
+    free(line.data);
+    return failed ? failure(error) : finish_output();
+}
+
+static int mode_chat(const struct options *o, run_session *s, run_error *error)
+{
+    struct chat c;
+    struct text prompt = { 0 };
+    struct output last;
+    run_result result = { 0 };
+    int status = 0;
+    if (o->special)
+        wrong_usage("--special is for generate, perplexity and tokenize; what is said in a chat is never trusted");
+    if (chat_begin(&c, s->model, o->system, error)) {
+        status = failure(error);
+    } else if (!o->prompt && !o->prompt_file) {
+        if (o->json)
+            wrong_usage("--json needs a prompt (-i or -f)");
+        status = converse(o, s, &c, error);
+    } else if (read_prompt(o, &prompt, error) || chat_add(&c, USER, prompt.data, prompt.n, error) ||
+               chat_turn(&c, o, s, &last, &result, error)) {
+        status = failure(error);
+    } else {
+        if (!o->json)
+            print_statistics(&last, &result);
+        status = finish_output();
+    }
+    free(prompt.data);
+    chat_drop(&c, 0);
+    free(c.messages);
+    return status;
+}
+
+/* Scores a text in windows that do not overlap: -log p of each token given those before it. */
+static int mode_perplexity(const struct options *o, run_session *s, run_error *error)
+{
+    const run_model *m = s->model;
+    struct text text = { 0 }, logprobs = { 0 };
+    int *ids = NULL, bos = m->config.add_bos, window = s->context;
+    int n = read_prompt(o, &text, error) ? -1 : prompt_ids(m, &text, o->special, 0, &ids, error);
+    int failed = n < 0 ? -1 : 0, scored = 0;
+    double nll = 0;
+    if (!failed && n + bos < 2)
+        failed = fail(error, "perplexity needs a text of at least two tokens (-f FILE)");
+    if (!failed && window < 2 + bos)
+        failed = fail(error, "perplexity needs a context of at least %d", 2 + bos);
+    for (int at = 0, inputs; at < n && !failed; at += inputs - bos) {
+        int row[LOGIT_ROWS];
+        inputs = n - at + bos < window ? n - at + bos : window;
+        failed = run_rewind(s, 0, error);
+        for (int done = 0; done < inputs && !failed; done += LOGIT_ROWS) {
+            int chunk = inputs - done < LOGIT_ROWS ? inputs - done : LOGIT_ROWS;
+            for (int i = 0; i < chunk; i++)
+                row[i] = done + i < bos ? m->config.bos : ids[at + done + i - bos];
+            if ((failed = eval(s, row, chunk, chunk, error)))
+                break;
+            for (int i = 0; i < chunk && done + i + 1 < inputs && !failed; i++) {
+                const float *logits = s->pass->logits + (size_t)i * (size_t)m->config.vocab;
+                int next = ids[at + done + i + 1 - bos];
+                double total;
+                if (log_total(m, logits, &total))
+                    failed = fail(error, "a logit at position %d is not finite", done + i);
+                else if (o->json && o->logprobs >= 0 && add_logprobs(&logprobs, s, logits, next, o->logprobs))
+                    failed = fail(error, "out of memory");
+                else
+                    nll -= (double)logits[next] - total, scored++;
+            }
+        }
+        if (isatty(2) && !o->json)
+            fprintf(stderr, "\r%d of %d tokens, perplexity %.4f ", at + inputs - bos, n, exp(scored ? nll / scored : 0));
+    }
+    if (isatty(2) && !o->json && !failed)
+        fprintf(stderr, "\r%60s\r", "");
+    if (!failed && o->json) {
+        printf("{\"tokens\":%d,\"nll\":%.9g,\"perplexity\":%.9g", scored, nll / scored, exp(nll / scored));
+        if (o->logprobs >= 0)
+            printf(",\"logprobs\":[%s]", logprobs.data ? logprobs.data : "");
+        printf("}\n");
+    } else if (!failed) {
+        printf("perplexity %.4f (%d tokens, %.6f nats each)\n", exp(nll / scored), scored, nll / scored);
+    }
+    free(text.data);
+    free(logprobs.data);
+    free(ids);
+    return failed ? failure(error) : finish_output();
+}
+
+static int mode_tokenize(const struct options *o, const run_model *m, run_error *error)
+{
+    struct text text = { 0 }, t = { 0 };
+    int *ids = NULL, n = -1;
+    if (!m->tokenizer)
+        fail(error, "this model file has no tokenizer; it takes token ids");
+    else if (!read_prompt(o, &text, error))
+        n = run_tokenize(m, text.data, text.n, o->special, &ids, error);
+    if (n >= 0 && o->json) {
+        text_print(&t, "{\"ids\":");
+        print_ids(&t, ids, n);
+        text_print(&t, ",\"pieces\":[");
+    }
+    for (int i = 0; i < n; i++) {
+        size_t length;
+        const char *piece = run_piece(m, ids[i], &length);
+        if (o->json) {
+            text_add(&t, ",", i > 0);
+            text_json(&t, piece ? piece : "", length);
+        } else {
+            text_print(&t, "%d ", ids[i]);
+            text_json(&t, piece ? piece : "", length);
+            text_print(&t, "\n");
+        }
+    }
+    if (n >= 0 && o->json)
+        text_print(&t, "]}\n");
+    if (t.broken)
+        n = fail(error, "out of memory");
+    if (n >= 0 && t.n)
+        fwrite(t.data, 1, t.n, stdout);
+    free(ids);
+    free(text.data);
+    free(t.data);
+    return n < 0 ? failure(error) : finish_output();
+}
+
+/* FNV-1a over the logits of 16 fixed tokens. */
+static int fingerprint(run_session *s, char digits[17], run_error *error)
+{
+    int vocab = s->model->config.vocab, n = s->context < LOGIT_ROWS ? s->context : LOGIT_ROWS, ids[LOGIT_ROWS];
+    uint64_t hash = 0xcbf29ce484222325;
+    for (int i = 0; i < n; i++)
+        ids[i] = (int)((int64_t)i * 7919 % vocab);
+    if (run_rewind(s, 0, error) || eval(s, ids, n, n, error))
+        return -1;
+    for (size_t i = 0; i < (size_t)n * (size_t)vocab; i++)
+        for (int k = 0; k < 32; k += 8)
+            hash = (hash ^ (bits_of(s->pass->logits[i]) >> k & 255)) * 0x100000001b3;
+    snprintf(digits, 17, "%016llx", (unsigned long long)hash);
+    return 0;
+}
+
+/* Compares every tensor with the checksum that the metadata has for it. */
+static int verify(const struct container *c, run_error *error)
+{
+    int checked = 0, unchecked = 0;
+    for (int i = 0; i < c->n_tensors; i++) {
+        const struct tensor *t = &c->tensors[i];
+        const char *wanted = find_packing(c, "crc32.", t->name);
+        char digits[9];
+        if (!wanted) {
+            unchecked += !is_pad(t->name);
+            continue;
+        }
+        snprintf(digits, sizeof digits, "%08x", (unsigned)crc32_of(0, t->data, t->size));
+        if (strcmp(digits, wanted))
+            return fail(error, "tensor %.100s is damaged: its checksum is %s, not %.20s", t->name, digits, wanted);
+        checked++;
+    }
+    fprintf(stderr, "%d tensors match their checksums", checked);
+    fprintf(stderr, unchecked ? ", %d have none\n" : "\n", unchecked);
+    return 0;
+}
+
+static const char *tensor_type(const struct container *c, const struct tensor *t, char word[24])
+{
+    const char *packing = find_packing(c, "packed.", t->name);
+    if (!packing)
+        packing = find_packing(c, "ggml.", t->name);
+    snprintf(word, 24, "%.*s", packing ? (int)strcspn(packing, " ") : 8, packing ? packing : t->dtype);
+    return word;
+}
+
+static double count_parameters(const run_model *m)
+{
+    double n = 0;
+    for (int i = 0; i < m->file.n_tensors; i++) {
+        const struct tensor *t = &m->file.tensors[i];
+        struct matrix w;
+        run_error ignored;
+        double cells = 1;
+        if (!t->used || !strncmp(t->name, "tokenizer.", 10))
+            continue;
+        for (int k = 0; k < t->n_dims; k++)
+            cells *= (double)t->shape[k];
+        n += is_weight(t, &m->file) && matrix_describe(&m->file, t, &w, &ignored) == 0 ? (double)w.rows * w.cols : cells;
+    }
+    return n;
+}
+
+/* Everything the file says, even if it cannot be run. */
+static int mode_info(const struct options *o, run_error *error)
+{
+    struct container c;
+    struct text t = { 0 };
+    run_error why;
+    char digits[17] = "", word[24];
+    if (container_open(&c, o->model, error) || (o->verify && verify(&c, error)))
+        return failure(error);
+    run_model *m = run_open(o->model, &why);
+    run_session *s = m ? run_session_open(m, &(run_options){ 64, o->threads, o->kv_f32 }, &why) : NULL;
+    int unrun = !s || fingerprint(s, digits, &why);
+    const struct container *file = m ? &m->file : &c;
+
+    text_print(&t, o->json ? "{\"file\":" : "file          ");
+    if (o->json)
+        text_json(&t, o->model, strlen(o->model));
+    else
+        text_add(&t, o->model, strlen(o->model));
+    text_print(&t, o->json ? ",\"bytes\":%zu,\"metadata\":{" : "\nbytes         %zu\n", c.size);
+    for (int i = 0, comma = 0; i < c.n_entries; i++) {
+        const struct entry *e = &c.entries[i];
+        if (!strncmp(e->key, "packed.", 7) || !strncmp(e->key, "ggml.", 5) || !strncmp(e->key, "crc32.", 6))
+            continue;
+        if (o->json)
+            text_add(&t, ",", comma++ > 0);
+        else
+            text_print(&t, "  ");
+        text_json(&t, e->key, strlen(e->key));
+        text_print(&t, o->json ? ":" : " ");
+        text_json(&t, e->value, strlen(e->value));
+        if (!o->json)
+            text_print(&t, "\n");
+    }
+    text_print(&t, o->json ? "},\"tensors\":[" : "tensors       %d\n", c.n_tensors);
+    for (int i = 0, comma = 0; i < c.n_tensors; i++) {
+        const struct tensor *x = &file->tensors[i];
+        struct matrix shape = { 0 };
+        if (is_pad(x->name))
+            continue;
+        if (o->json) {
+            text_print(&t, "%s{\"name\":", comma++ ? "," : "");
+            text_json(&t, x->name, strlen(x->name));
+            text_print(&t, ",\"type\":\"%s\",\"shape\":[", tensor_type(file, x, word));
+        } else {
+            text_print(&t, "  %-36s %-8s ", x->name, tensor_type(file, x, word));
+        }
+        if (is_weight(x, file) && matrix_describe(file, x, &shape, error) == 0)
+            text_print(&t, o->json ? "%d,%d" : "%d x %d", shape.rows, shape.cols);
+        else
+            for (int k = 0; k < x->n_dims; k++)
+                text_print(&t, o->json ? "%s%lld" : "%.0s%lld ", k ? "," : "", (long long)x->shape[k]);
+        text_print(&t, o->json ? "],\"bytes\":%zu,\"known\":%s}" : "  %zu bytes%s\n", x->size,
+                   !o->json ? x->used || !m ? "" : "  UNKNOWN: nothing uses it" : x->used ? "true" : "false");
+    }
+    if (o->json)
+        text_print(&t, "]");
+    if (m) {
+        const struct kernels *list[4];
+        int n = available_kernels(list);
+        const char *kind = m->tokenizer ? run_text(m, "tokenizer.merge") : "none";
+        text_print(&t, o->json ? ",\"parameters\":%.0f" : "parameters    %.0f\n", count_parameters(m));
+        text_print(&t, o->json ? ",\"bytes_per_token\":%zu" : "bytes/token   %zu read of the weights\n", m->weight_bytes);
+        text_print(&t, o->json ? ",\"cache_bytes_per_token\":%zu" : "cache         %zu bytes a token\n",
+                   (size_t)m->config.layers * (size_t)(m->config.kv * m->config.hd) * 2 * (o->kv_f32 ? 4 : 2));
+        text_print(&t, o->json ? ",\"tokenizer\":\"%s\"" : "tokenizer     %s\n", kind ? kind : "rank");
+        text_print(&t, o->json ? ",\"chat\":%s" : "chat format   %s\n",
+                   run_text(m, "chat.user.before") ? o->json ? "true" : "yes" : o->json ? "false" : "none");
+        text_print(&t, o->json ? ",\"heads\":[]" : "draft heads   none\n");
+        text_print(&t, o->json ? ",\"isa\":\"%s\",\"isas\":[" : "instructions  %s, of", m->kernels->name);
+        for (int i = 0; i < n; i++)
+            text_print(&t, o->json ? "%s\"%s\"" : "%.0s %s", i ? "," : "", list[i]->name);
+        text_print(&t, o->json ? "],\"threads\":%d" : "\nthreads       %d\n", s ? s->pass->team.size : 0);
+    }
+    text_print(&t, o->json ? ",\"fingerprint\":\"%s\"}\n" : "fingerprint   %s\n", digits);
+    if (!t.broken)
+        fwrite(t.data, 1, t.n, stdout);
+    free(t.data);
+    run_session_close(s);
+    run_close(m);
+    container_close(&c);
+    int status = finish_output();
+    return unrun ? failure(&why) : status;
+}
+
+/* -- bench -- */
+
+struct reading_job {
+    struct team *team;
+    const struct kernels *kernels;
+    const uint64_t *words;
+    size_t n;
+    _Atomic uint64_t sum;           /* so that reading cannot be optimised away */
+};
+
+static void read_memory(void *context, int me)
+{
+    struct reading_job *j = context;
+    int begin, end;
+    (void)me;
+    while (next_piece(j->team, (int)(j->n / 8192), 8, &begin, &end))
+        j->sum += j->kernels->read(j->words + (size_t)begin * 8192, (size_t)(end - begin) * 8192);
+    barrier(j->team);
+}
+
+/* Bytes a second that all threads together read from a buffer as large as the weights. */
+static double read_bandwidth(run_session *s, run_error *error)
+{
+    size_t bytes = s->model->weight_bytes;
+    bytes = bytes < 1 << 20 ? 1 << 20 : bytes > 1 << 30 ? 1 << 30 : bytes;
+    struct reading_job j = { &s->pass->team, s->model->kernels, malloc(bytes), bytes / 8, 0 };
+    double best = 0;
+    if (!j.words) {
+        fail(error, "out of memory for measuring the read bandwidth");
+        return -1;
+    }
+    memset((void *)(uintptr_t)j.words, 1, bytes);
+    for (double start = seconds(), before; seconds() - start < 1;) {
+        before = seconds();
+        team_run(j.team, 0, read_memory, &j);
+        double speed = (double)(j.n / 8192 * 65536) / (seconds() - before);
+        best = speed > best ? speed : best;
+    }
+    free((void *)(uintptr_t)j.words);
+    return best;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+enum { REPEATS = 7 };
+
+/* Seconds of one pass over k tokens behind `cached` others, logits of all k (at most LOGIT_ROWS)
+   included; sorted, fastest first. For long prompts logits of the last only. */
+static int time_pass(run_session *s, int cached, int k, double times[REPEATS], run_error *error)
+{
+    int ids[1024], most = k <= LOGIT_ROWS ? 40 : 1;
+    for (int i = 0; i < 1024; i++)
+        ids[i] = (int)((int64_t)i * 7919 % s->model->config.vocab);
+    if (run_rewind(s, 0, error) || (cached && eval(s, ids, cached, 0, error)))
+        return -1;
+    for (int i = 0; i < REPEATS; i++) {
+        int n = 0;
+        double start = seconds();
+        do {
+            if (run_rewind(s, cached, error) || eval(s, ids, k, k <= LOGIT_ROWS ? k : 1, error))
+                return -1;
+        } while (++n < most && seconds() - start < 0.25);
+        times[i] = (seconds() - start) / n;
+    }
+    qsort(times, REPEATS, sizeof *times, by_value);
+    return 0;
+}
+
+/* Seconds a token of greedy decoding, n tokens a time; sorted. */
+static int time_decode(run_session *s, int n, double times[REPEATS], run_error *error)
+{
+    run_sampling greedy = { .repeat_penalty = 1 };
+    for (int i = 0; i < REPEATS; i++) {
+        int id = s->model->config.bos > 0 ? s->model->config.bos : 1 % s->model->config.vocab;
+        if (run_rewind(s, 0, error) || run_eval(s, &id, 1, error))
+            return -1;
+        double start = seconds();
+        int done = 0;
+        for (; done < n - 1 && seconds() - start < 1; done++)
+            if ((id = run_sample(s, &greedy, error)) < 0 || run_eval(s, &id, 1, error))
+                return -1;
+        times[i] = (seconds() - start) / (done ? done : 1);
+    }
+    qsort(times, REPEATS, sizeof *times, by_value);
+    return 0;
+}
+
+static int mode_bench(const struct options *o, run_session *s, run_error *error)
+{
+    static const int widths[] = { 1, 2, 4, 8, 16 }, prompts[] = { 128, 512 };
+    struct text t = { 0 };
+    char digits[17];
+    double times[REPEATS], one = 0;
+    int room = s->context, decoded = room < 256 ? room : 256, cached = room - 16 < 256 ? room - 16 : 256;
+    if (room < 17)
+        return fail(error, "bench needs a context of at least 17"), failure(error);
+    double bandwidth = read_bandwidth(s, error);
+    if (bandwidth < 0 || fingerprint(s, digits, error) || time_decode(s, decoded, times, error))
+        return failure(error);
+    double middle = times[REPEATS / 2], share = (double)s->model->weight_bytes / middle / bandwidth;
+    text_print(&t, o->json ? "{\"decode\":{\"tok_s\":%.6g,\"min\":%.6g,\"max\":%.6g}" :
+               "decode        %9.1f tok/s  (%.1f to %.1f in %d runs of up to %d tokens)\n", 1 / middle,
+               1 / times[REPEATS - 1], 1 / times[0], REPEATS, decoded);
+    text_print(&t, o->json ? ",\"prompt\":{" : "");
+    for (int i = 0, comma = 0; i < 2; i++) {
+        if (prompts[i] > room)
+            continue;
+        if (time_pass(s, 0, prompts[i], times, error))
+            return failure(error);
+        text_print(&t, o->json ? "%s\"%d\":%.6g" : "%.0sprompt %4d   %9.1f tok/s\n", comma++ ? "," : "", prompts[i],
+                   prompts[i] / times[REPEATS / 2]);
+    }
+    text_print(&t, o->json ? "},\"c\":{" : "pass of k tokens, logits included, behind %d others; c(k) = its time / that of one\n", cached);
+    for (int i = 0; i < 5; i++) {
+        if (time_pass(s, cached, widths[i], times, error))
+            return failure(error);
+        one = i ? one : times[REPEATS / 2];
+        text_print(&t, o->json ? "%s\"%d\":%.4g" : "%.0s  c(%2d)       %9.2f  ", i ? "," : "", widths[i], times[REPEATS / 2] / one);
+        if (!o->json)
+            text_print(&t, "%9.3f ms\n", 1e3 * times[REPEATS / 2]);
+    }
+    text_print(&t, o->json ? "},\"read_gb_s\":%.4g,\"bytes_per_token\":%zu,\"roofline\":%.4g" :
+               "memory read   %9.2f GB/s  (a token reads %zu bytes of weights: decode is %.3g of what that allows)\n",
+               bandwidth / 1e9, s->model->weight_bytes, share);
+    text_print(&t, o->json ? ",\"isa\":\"%s\",\"threads\":%d,\"fingerprint\":\"%s\"}\n" :
+               "instructions  %s, %d threads; fingerprint %s\n", s->model->kernels->name, s->pass->team.size, digits);
+    if (!t.broken)
+        fwrite(t.data, 1, t.n, stdout);
+    free(t.data);
+    return finish_output();
+}
+
+/* -- quantize -- */
+
+static int mode_quantize(const struct options *o, run_error *error)
+{
+    struct container c;
+    struct tally tally[RAW + 1][N_TYPES] = { 0 };
+    if (!o->output)
+        wrong_usage("quantize needs a file to write: -o FILE");
+    if (container_open(&c, o->model, error))
+        return failure(error);
+    struct stat in, out;
+    int failed = 0, n = 0;
+    struct planned *plan = calloc((size_t)c.n_tensors + 1, sizeof *plan);
+    if (!plan)
+        failed = fail(error, "out of memory");
+    else if (stat(o->model, &in) == 0 && stat(o->output, &out) == 0 && in.st_dev == out.st_dev && in.st_ino == out.st_ino)
+        failed = fail(error, "%.200s is the file being read; write to another one", o->output);
+    else if (!find_text(&c, "run.c"))
+        failed = fail(error, "%.200s is not a run.c model (its metadata lacks run.c = 1)", o->model);
+    for (int i = 0; i < c.n_tensors && !failed; i++) {
+        const struct tensor *t = &c.tensors[i];
+        struct planned *p = &plan[n];
+        struct source source;
+        if (is_pad(t->name))
+            continue;
+        *p = (struct planned){ .tensor = t, .type = RAW, .size = t->size };
+        n++;
+        if (!is_weight(t, &c))
+            continue;
+        if ((failed = source_open(&source, &c, t, error)))
+            break;
+        p->type = planned_type(&source, t->name, o->type == 0, (enum type)(o->type - 1));
+        p->size = matrix_bytes(p->type, source.m.rows, source.m.cols);
+    }
+    if (!failed)
+        failed = write_model(o->output, &c, plan, n, o->threads ? o->threads : default_threads(), tally, error);
+    for (int from = 0; from <= RAW && !failed; from++)
+        for (int to = 0; to < N_TYPES; to++)
+            if (tally[from][to].n && from != to)
+                fprintf(stderr, "%d matrices from %s to %s: relative error %.3g\n", tally[from][to].n, type_names[from],
+                        type_names[to], tally[from][to].square > 0 ? sqrt(tally[from][to].error / tally[from][to].square) : 0);
+    if (!failed)
+        fprintf(stderr, "wrote %s\n", o->output);
+    free(plan);
+    container_close(&c);
+    return failed ? failure(error) : 0;
+}
+
+static int with_session(const struct options *o, const run_model *m, const char *mode, run_error *error)
+{
+    run_options how = { o->context, o->threads, o->kv_f32 };
+    run_session *s = run_session_open(m, &how, error);
+    if (!s)
+        return failure(error);
+    if (o->context > m->config.context)
+        fprintf(stderr, "run: a context of %d is more than the %d that this model was trained for\n", o->context, m->config.context);
+    int status = !strcmp(mode, "chat") ? mode_chat(o, s, error)
+               : !strcmp(mode, "perplexity") ? mode_perplexity(o, s, error)
+               : !strcmp(mode, "bench") ? mode_bench(o, s, error)
+               : mode_generate(o, s, error);
+    run_session_close(s);
+    return status;
+}
+
+int main(int n, char **words)
+{
+    struct options o = parse_options(n, words);
+    run_error error = { "" };
+    if (o.mode && !strcmp(o.mode, "info"))
+        return mode_info(&o, &error);
+    if (o.mode && !strcmp(o.mode, "quantize"))
+        return mode_quantize(&o, &error);
+    run_model *m = run_open(o.model, &error);
+    if (!m)
+        return failure(&error);
+    const char *mode = o.mode ? o.mode : run_text(m, "chat.user.before") && m->tokenizer ? "chat" : "generate";
+    int draws = !strcmp(mode, "chat") || !strcmp(mode, "generate");
+    if (draws && !o.have_seed) {
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        o.sampling.seed = ((uint64_t)now.tv_nsec ^ (uint64_t)now.tv_sec << 30 ^ (uint64_t)getpid() << 20) & 0x7fffffff;
+        if (o.sampling.temperature > 0 && !o.json)
+            fprintf(stderr, "seed %llu\n", (unsigned long long)o.sampling.seed);
+    }
+    if (draws) {
+        struct sigaction action = { .sa_handler = on_interrupt }; /* without SA_RESTART: reading a line ends */
+        sigaction(SIGINT, &action, NULL);
+    }
+    int status = !strcmp(mode, "tokenize") ? mode_tokenize(&o, m, &error) : with_session(&o, m, mode, &error);
+    run_close(m);
+    return status;
+}
+
+#endif /* RUN_LIBRARY */
+#endif /* RUN_DECLARATIONS, RUN_KERNELS */
