@@ -18,9 +18,12 @@ Sections: readers (safetensors, GGUF, llama2.c) - models (configuration, names) 
 writer - the program.
 """
 import argparse
+import base64
 import hashlib
+import http.client
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -31,6 +34,7 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -200,6 +204,18 @@ def read_safetensors(path, tensors):
             raise Refused("%s: %s begins at %d, where %d was expected" % (path, name, begin, end))
         end = after
     return metadata
+
+
+def shard_names(index):
+    """The files that model.safetensors.index.json names. They are in its folder: no name may lead out of it."""
+    table = read_json(index).get("weight_map")
+    files = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
+    for name in files:
+        if not re.match(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors\Z", name):
+            raise Refused("%s: %s is no name of a file in its folder" % (index, short(name)))
+    if not files:
+        raise Refused("%s: no weight_map" % index)
+    return files
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -675,29 +691,2031 @@ def model_from_gguf(model, pairs, tensors):
 
 
 # ---- Tokenizer ---------------------------------------------------------------------------------------------------
+# Whatever a tokenizer comes as, it leaves as the same few things (tokenizer.c lists them): the bytes and the kinds of
+# all tokens, merges or scores, and a list of steps. Regular expressions become programs for the machine in
+# tokenizer.c; their classes are literal sets of code points. What has no exact counterpart raises Refused.
+#
+# Text that SentencePiece's descendants write with U+2581 for a space is stored and matched with the space itself:
+# where their pipeline replaces " " by U+2581, ours replaces U+2581 by " ".
+
+# Unicode, pinned: categories and scripts of 16.0, NFC of 9.0 (tests/fixtures/make_unicode.py says why, and wrote this).
+UNICODE_CATEGORIES = ('c-q}rNvLH<8UFvO`s)mJr+3c1^<KZ5_xkng?w9U#chc!GYD^j>!H^K+!i0!8U=$o6SqOq|nkZ%yL=iU;1U0yhAc=7m!~szuf(92N!Ho+'
+    'gWTgQ`{r>-)d;9f3YX&>$qVB0vRp+mNp6>eADmQ+LG2$^d++qy5aaG;8);EsVM_3v2j0YGFZ!O+hUf+lBcp5T(XPjAhg4H=@`qpxCI1M'
+    ';6PS{)F<QwMImbq|iExVGjdku$so%^qExaHh0=lb;c3Cnr6=Pvus?K;0$cVf^aV9`$R{(aq)x?Pa`HI>t16g@9GY{O;ycL=+AXl5Y{W}'
+    '_gpB0%pjR^lUzQ@Wy0asixz_A!MSwlMRgZylj4cvfz|y{HUc9iF1kb}1D;>5jh<9LOA{bk~&U?oG0dYcL?;9o2#+y2I+-$YnRhYCJaN2'
+    'z`jIA55jpDM)A>rFm5U2hWJpF*WdQjhC&!QpXv*V-OcvKGMLu#X|jFjKM{RCw8h@e1>u~Bf@t$!Lk|W<mADaglUBReX$BS-S_}}B2S&<'
+    '7y@IJBi5pjYsSQ~Cwk0)tt1jzo3TW|bR@Bo!#KA#=eSj{oQYiMJzV%$76ETgF$1>FygBSa#<~hfB`|Rq8S?^z37$l;u&*)0DGYt5vVh%'
+    ')e&r)pfw`Ny6f;k;Ydizhh2j_O+y$s^IRJ?ivZJ6dK#|8vfjjkvq5_V94ro;OuqwR|V>c{WVknTEol_ifBhwhtFzgVM6f&fNGgqc|H!L'
+    '=;?V^|pgM1Oi8r@O^Zi=na=?%Alr=xDo*<9DX3@9ihK=g$-x;q?WVUkZi$0_s$60|+w*U`F)G3oG%z5s8)C&djI*$IW=7Iae4a4NFtRs'
+    'sFE2ughkg|gs9p<fr6#ZEFkEX;u00F=8W=MO_Boi^}-3Q??s_yRXCc$2DZ8rk!@0sU*e{1n^5BpvXz(xMV8DdI+_IMYCmN5!I`0BwrU='
+    'CWbUJm}z(v%uXT>b$nol|jaOP#cCs6&|Fq1^j$7){G<ryNr7hWEXicG{eyWDwSIYpp7H&N7VX7Vgj@S#JR+2P?TLGIT$WSz_);tkf8EN'
+    'IRh-CM4N}`l~drMawW(x8lQ{U@xQ8-ciF)QY1Bc)Am@&#JtBVp%$Xv&-VD3>;r_Yr3VZ4j-qO$CsixFaX$q!Ka!rx%2k1y{$ns~)%w%P'
+    'iWnF2;k-HmTdr)3T1N~yEq*Yx9g%wsDq%rJdZ}U^S7mK1aYLfaX%@f5e9vqJeqlw5BK|g$uN+HUAc$w3<LBN-7vlo#&sg}KDIt`e<w~h'
+    '#n0FLC<JISU=G|5ru*Scy*!cN|n)!11je3+c>t+k-;sd$xuQ>&)y?K+x5{XAAiCC3Tfta6i^?7Vcg5PSKXS1fWJt6Vi+sg+Ij1tvRSYh'
+    'L`Qed$z!x&|FD;rS1ME2Y_zZv?l(?v;iR8|NyEIKoE=`9xDv2@!D|D&Ei(Xn8biQyn64N5k!I2u;`y2jjW_^*DPCNA-U}L#f8f7^sIz8'
+    '_V}TLtPHr9qEoQmjgafD+sTZ8PAZtF5kU_gU~tYykwane(c(Z+gVL>xT?lYP@Ro<;_R23a*g-!Tu|Lry3>S#YkX^dvq@SV4!EgTaRONg'
+    'tW>j?giJ~I1E;#1!8Z@dPxsL{4ohf#>EnRL@PV9BvE)VV<2BROcVy5=f4F<=27E)8`3pu?T3oBycF^ilA!JUITJv_UL&6G$R<g7%ht?q'
+    '4C@}V7P3LU$$6YQLfgn$@RoLu3*xYRQ<U?)D@1mR&&C;#;-jwq*`dx)_rY-Zsc)qd>Bv%?~Gaqe5XYJlA?YEPB-nE~<DvZm%xqUg?vfo'
+    'EtKHkniRm|5To83aR`Zyo&YY%@(#vYbgJTlZbsh)eo>v`3d?k)Px<2KL&_+La>ebc&6ZXt~Z$hxBDMU@58tBknSS%c}lx8H7FX-8zZc<'
+    'U|ZVi7ec#hZHQnxN-K+zgRF_)AZr_Snwrkk*4V$S*Lh=ZUsovL@$TUs3kiT@D1lC>`obgVm6OWLNuO>3G(B;(krZXD%SbAQN~WQVnl`_'
+    'z3nspovWixt6WGLz=uzGJ-P_rOi~rq{ev*^Xu_^&dGBp^Evt2lZxG6OT^=|;Nc;Sa`L#AQ^-2B9H8lcQ`nktlo~><gn6w{v^0}DYb}N%'
+    'm9y1Q&8}9~`ZrU(!|wK&yVCvz+~w6{Ed99JnQ-BDa$O1Cjf+pxEcgzKfRj>0Et%NToYgLk%9xW!x#+CqiE^q5C@GzsC?-*pDN7||BN5u'
+    '939F@Yavcf*hvY9I;X>&x8z>`upUAmBMf1&2O8|V2BpnH-YH5XU#fle8%`HW%3@1%vyTlbHDifTI*)Iw}InfneS`b<4YK1hdiE6o%)TR'
+    'BHflmDb2`z$jKbCIA9hq?mu2T6>aQDgnt_<u7v|^b!%aacvzg|VAdozXW&QCVZpOBZdK>Y;mxPk@<>tYzxEn7-1%ObNIpPH@EME>N|9p'
+    's6e!>4BmwIC{>!BlIXNmF#)T(EZ1@X!t1zY8&qoj|nr4YCCFVi)Zq0~m6vJFFcM;I2qL28!mu?6owIyVKp(QbQic;IH-~mA=4Pr{(k%p'
+    '<7$ZQ&5f&9^m2XxzEb40Z@Q5mA2>07;7Wimd_y=ptwlK;IgXvG`!tPav8{HBqd<eP5BsP@u;a4WH64LwCl5#0)#oOp)9q!%blo#*i@Re'
+    'Rut5xwa^WG$Q_b<J5e&$o$ei?QckI=GO9>Mk;aAg7oik*cX)TIAle}~1=&BNTA86mC9MUNn&AeFitaF)RnkZMmVyScRYf3`vI@UlfJ0@'
+    'f=y*@FB$1pV$`IuQ3Ryabpcj%8mnKNeZj`QxpzWey?G`QVH>?E%%LJsN!H|ulErgBap+blPus?`6NmBsNGk{(ITL&Ck+*qQ>FJQ%kRM3'
+    '5L7oFvkG;}AaNKp<%Sa(;7NzjPI8I~(U^=X;P*3t8v5N_lKMQUjM45+fFvp{bn)!J`DBA8NWgfgnqfQxoyhO4F;!FzK(9mhZ|q-oW41e'
+    '9r&If!H0u~4&bpqPz1pL(vh?9nb0tic0CtpiK#8o&`)mkf9AkE(_WMeD%hfKp)xw*vz+T@a*tz-k>RxWOCk&1ql53|#w%R@vdk+jbS~Y'
+    'z2F*mT1n)<7P2T+*Nv0RvjALMQ6${J4hm;D^WWuS~1ssr$z7Ep{_p$l~QMC9kS4M$-3U44p^^_5+dF}P3^6c^|l|hnzem>^R#K4h{p90'
+    'yQ)<cg-yucfj{osh5cr;D%#-Nw$I8XV^oim73V{0<;b#lj~!CV9MhR8T_<yL%YALR2!*PKcEWDKpl4wkCL8P5(nGxEwzLNYn=1SMSlM%'
+    'Ntxztwt~=RvVmfyZ2_j6;o%Y4`9RX2E;7-Ee+8ms!<&YwXS!hb@46_9lFE?5>Z)8DBhcJPnsp)B!eT_BvAZl%Y9qd~b3o3<bpxSD~L)#'
+    'rOlQlCewy1^PwN!u|2vFN*x~gphYfKy5*q_+4mY&-!T2t_+o%M8}{n|A&nl*rI<CxGwQ<0mh-OzirZ<=PgoWeoU5VSv0(8ubBNpVf`Bc'
+    '@+W<--6ql&8x1#CjKFIIXYmg%bWW(6gsyGY-@QaPv=w@@ydWPm75BZt7Y>N~?ONT8_s;TWSF&1utA{<1s1CGr()<DUUSuPyk;Q9II&4D'
+    '$M_*ayOZ9inAapps+lLL+~gdLGy!=ymAwy^Fl?3VGMt~BS7N=zy@X1w;hc^=0@K>9l<0^dEC<%8u=t{MLZDof5-~5snk5s?>6(xhI#&;'
+    'r+ea!Kp&nbf0}O1e*xB3aNVkkkbM#7Wh^s{F>l6@-%hjqj;Imlvv3gu9r*#O(jIz@dEKpJXcTB{ZvQ`Na)qH!V2uht^of?9OLh)aV9#;'
+    'c#gyd=k~r%P_<nW$isL$bxu<2PBmT!T``4^Gk<W*C78%?LYl)7cwL}pvRrkj9eCgm5-ISt>^qWrCSIjYWdW+y0ZlisW(j$UM9193VgJ!'
+    'TcGOCMBY^})A2m>dXGCl8Q4yo$v3;KVFby=ZGOfPz~jj)XKEI-!1Lxsx@^S0Xta8^g5ibr3G>20WFkdq*w-;<7MRYO1QKA-m>79O+i!L'
+    'p4g+TZ5odlxQupTBf0_CoK!!!CFVdj(47`xI`4P9Xq($>pOI@<Y%K<SQ6#;~>>(n7_$%OWvTN9f4vZ%^BrLPjLPl&m{jA-VmnhEsyyO<'
+    '{yNX4y=tjw&yKWY9BZw9m%jeTXS?<{<Xt(BP{5L;5H5xc74KOz2~byIKLkZ{9-9D{?Z{0_`w#~@q4B1(POZi@4gj=^irU2wepQXe@OE4'
+    '9gz0o7X9k`M-X8*=O3c;9A9So^56Z&KmG}G>wf<Q;jaoT')
+UNICODE_SCRIPTS = ('c-jG^09*eSfL$2^SPj(yFaQDo8VC;q#RtDLLI0xxfwBSZ0t0D@>Hz@_0gs>p-^~IcxgZDK0Rw?853o8A?F6F}odn|x$|eTiAO^u;RR;p'
+    '%{so=_6966pu7Lpn4xwRL0|M~@577ZG0#}ci0|^2w)8GOF0tNyB0sx=_0y6*)0}g;9{{gQ&0fGWuavnk+;_U$(gaxBl4HgA3rB5CN1p@'
+    '^G1p@+mB`mK')
+UNICODE_NFC = ('c-qBS3slxswm<v)|KAHfJ`fQ_O-sqNtj5gDN|9dkSl5}RX>K#k+@{;y)pRFytkr1EG&cevM4l?X^PLI`_&_Bx!511LDk>>{iXwiJ7J?7'
+    'LM7+O!{{KJ1rz~epYu&rnxA#7eefHUBzs~u8<ub+|<|7hyM4H#2;s}wBHkBG<Oanl5qbq%+35Eu+VyQI7h`c13Dlw)=vf5vxeXb*Q`)G'
+    '#LeUu~xxHRT6C5aP8+lID{6)@+>nyWRX29O9O;U*D8!b2jML<os4BtnV0k_aQwjYPN<-KFS3B0>s7jufFkb#Su}iM}N69wK^?=uP6Twh'
+    '<Edkm#rO;}huZ_xDm4(f<uQ3}C6u#=w+p#}X+b`-+aM6qTku+U#PTxLx0$V%=i0-yH0ZeWlZ<jLr5N459A_b=<#=N^4W=h_W4ndA5<l('
+    'M7oQcKf}lM*eaOjv)h_;w2Kld!udaAHp@B{)C1{dutp`4A%ZO2C{oATQeM?$HhmG9*g#5vTL!39<-H`E+$c6ds{dpxqgM#ejBvh;1I66'
+    'g=+yg0-;(Ndp+H7zoDqtYWzgFx;Z!?y);Dc7&4QDBSg6FvyKKU4ky=>!r>;@v%)clts#XO?KeYL+Q|lX2bwyDcePp5-rl+##+9a5kRg#'
+    'ivRk3v&V2`L%F;%FOSROd<aTs4wQYW*JCsVrssFRDk5=iT%8d6qBlhVe{h6GH&oisd<)eEb@Rxv0DO_8ys&^M3Jpqpo5U$sRBS^R!)QQ'
+    'X!aGcsztomq}aD9gbYhmG@v35S1-8fpg1DvOseI|#;^dRL!9}Q9pD>*jdT5jooGC;US2-g$BMZ)nslpjK_DB&0*Tmi!ImKt3Tz*aA+fQ'
+    'i6XI^>oU2c6>s#nD2Fd?;L#RO4OYngO|MKY^v5!h*Ub*m>6=I>JWOMGbs*gj^1sNH+qxFYKGi{@mOP>@o!LU^mXqIkLP9&NiOwiEt!`6'
+    'jLmHgsKq-hzEQO$N*%zrM}NidiyzyJ3IDe0Qlvt>ovFkx;VEM@_)0BWcv0LH;o2Fr+@;Y4}bzjf_F3^8vLUH(P^N7=sBQ(D1&NI{_8D1'
+    'Q;x+y(vsuPhck@^L>cp16!aYpi0(u$tkb0_E6P|aqbyxbS>~R$k+&b$Z_#-c=q$JP<n8$>%HJ0L^Bw!0pCJ=8vu(edwl?Lq*$94-)}9^'
+    'h-tXm2pqt#DVFtbHzfB#6m~@yQEhkF}OQ1Osjer>aky}~;Fxdtq0o!fHh*l&`))5vp^=-0PdGn1L&;cjR`eS1UZKxrca>?A%vfo`My&x'
+    'B&0f=4-3K(&R{xHA(lXvJpw-*!;Wl-(6#sM6^FpW9FbXbjLoM%kBSDGBHcJqii4r3}srUnR9G#M$Vd#w9M3-OS+?h=kFK4e88(1t)ko4'
+    'KJIAl(LVs?pPN?w)^yTYE5=V<sO(V(wmZE(m>djV&}zrRv}WRd<lvwm7%mE5mIYhzT3U!c*LV-Ba9mBeuFb+VMOOo)I^Bdb|$Pz~nzGA'
+    '|ntzW2}J0j-yc=h8umYL~`T-KGuvGiZVIcQpOw~W{w}SR$P_l%&+}8tzaKvt}tnqEO4xdAdwY8PXnG=6+zEuMa-p{GAlw3%8KaHFDs%_'
+    'U+uaY=?u9VsoAeaMviQbBxyo`3EU0^IGZEKu94RVkjT3)WK8n_Obn1cn+Lp<Ae#qj?&g90pKBh7!GTycQ0vn?@EjHBIS*>$`d}=15K9J'
+    'QcJT0%l=tvsZ(e_hBtXl1_=6akGvvLCv}&lsvuY@boS{<04<+ZSp&vHW^+&<>DA<Oj(sG$OT#ALm$(}i!97V&=$O>EisDQBgQMQ1a5H$'
+    'SUsDRgNM@msQ68A~WC@Et`x#H0Xefsv?<Fe)P(I>kVKX87m)H{OiJU@2Oi$+@mkVM;le(V>vxUqX+WI&WvJ$8WtqECYYO0Cq~B|G70t8'
+    'vFb0bagT7_>N}IDMj-Gts9&0SOL7kp%2=m@=)PxkU>rG^{<2g94&VNoAIHU$#|2KkcH-{)|axntnCO(%aN3%D;Y^D>}1?wXWRS+fp)@{'
+    '0@Fi^AkPNPvm|}sp;=o>iTh%Yv{1$156tGuGv`l-W~Ld`V#cZn^w2ReU^GwLax%STgW=OS(c;y4%n%MtP)^()4HAfG`sh-QM&B7*>t>8'
+    'lJzvV?YeGpO$P;RYqP7RhB*;!s@XCTviW8&nrNOxvkVU|3DEdy11Owm2HI!u`)y*$D!tQY^Cy{`oqFGzF+~mY6M08bYb;U6-o1m~8pKM'
+    '#9Gl-Bm-T;gWuDDa;`Rr3G`Lsb8pv|ff^mLPtHlRF%OE;6&g7`?j3dk9*yzWhUA1Ns#{13ev}P(glbSi+<XAHPU)F4`C1XoxGOk!MVsF'
+    'vVT3g{iGsT*j*@;wnbbOXu)?ro(el=rsv9%_*Gff&Tj@HgOFo-upC`cDUVIW-vg@bexbT>#(LBSv)f?Oa0LaQA+6-$2r^!tJ9U;lyYua'
+    '8I8iYaUq^lmT;oEjtpV2z{+=<Jzb&I=s4JB)$J7lgLd4Tjl&2g5a9(iNkj7+JtePEP=9FF}1k?h@1+L;EMRed`2KiY2li2LCFw7ctfk@'
+    'W*yL^%b)2?RIM}S!?*CX}F+%rYoJ8V^zkqTl=t}0hqcJh;|{oxyLQEf)Aj@SynXwss>_36|0)Zd)z1J36Noe9>vi4K%ve52fr&nl^fm`'
+    '`WHchE|d7n%s6U9HEncv1@wInZ70Ci=pOcZquUnH=+^9w?jApC#5ZB1yVpbLdjM!ljCY@vh}Cj8<G?{!w=~g|MrEoc!Q0cMc7r-h%5vI'
+    '|_kRr3ZM0d!kUyC1f#$l=X5WOTmJj38tP4IG*5Gak@OE3j4d2rL64LA)x(*Kzi4Ex5|G8H8x6lg6C16kQ|8G6CX{-my4oD9NicQyMek%'
+    'oKWs;!P_^zOMr=Say1Qo@i;|mv5pNn}RXx1Fim>P^`HUh;43-a~@%P$2L;Jf59Dn^q{P>U`ow~wHCbHTLEjRB9KB+xC<f~p=Bl!`^wIg'
+    'sT;#aZwwxO)p)_JW|AKM49H4ig)HCTPdYn83<SEM~z6SQa5@)u-spy+_b;be2K4Wl%ID9!qMVbvbq}`!TqC2>Ko}b0I$;nkAvX8Vi?0t'
+    'Au+ohoUwU-&4o=%sx%fHVjmNsp%=egMtqJ946R>$x;j!{1snTVEF8DLHn_7!!HD#8wmR}gJA|Vta%K|!5HVTeKDBQL07&e=u!&wy0{Ts'
+    ')rCONdeLIg9a!Rn+(aDm`~!kc^Z!IXsM{Qe#?(tdUP!FOmgmMmFNdJ@Q!u!D7SPpYK!>8B&GUj<{|3LI>>Pp(i`X(7Lj{#!Fdb>I4XU2'
+    '{yP$8<FmWK6y*2<Q`Vd<n<&$8h3vAgY*r6D-;T6~po=k^POQ7oasA?Oov9;mSnlKy$_rf|1Uc}Llz^DoDfC>9mLC^7m&aS~>E7^${tK>'
+    'b8ZwD%X-%o<(W1DIBV+*(`24yA|(hgx|lMC_ngrG)9JvSKof&c7eh?)(^2lLDch%Cg#ewbl<9wZ%sb(7hIcf+1f3!2_v(9&s`$i{#d9$'
+    'ya59T2-3PORt1fY>9TUL1Kc=GlUa;PiP*Fj%q@y<|8m5l77X3Y|?qh4-+0C6=*g@)0l<xFKiv6;ua$8QR7?ggL~@)LJl<Z2{Vo3SqUsf'
+    '*sMBkHc+**{VPnfiA<LN@14y<KXRiV2phRk#hi?^EjovLm>?#G4U8FVrducI0kHe60z7i6$77VfUgV(TMgHE;m0OeA>U?%@;1ay0p@Zs'
+    'z8c!XIh8QVYMf{ntJQ>UKmRi<HWBW{C9&f<oCubygR9eV(hM(ls6#{+!hN4ZST_2#5dJByi+%7xD;BT4h{11I=d0}3KOvnTF`S?9CLF-'
+    '3uR};4M%1OU*{Y#_ERrD}hihbkD-hE$p+Z9>$o$8Jmh&QP%FBx3%vz}NtRS>r!g}QNT5Q=GC}ehokY!zk76VfzX+p1s7f@$@gS9Yd4ur'
+    '46O+9@+XBuZe<TXQc>{W&4Y>2Jklmo1Rh4%9_Hi2czp!rHf!M`D~Fj|P1Tn-^80CnK3MWB>OBbQmq_h{E+`~)JP3T>DUiy_0Uw0@1R9j'
+    'ay5LRc#n)xmCvcSLWEZiwaxo^4dp&1hbP{>hv(HpP_>m*dP{<Ozp=B@S7Dh3^SUspg27f&!Bh=MmbOeOwQ*=RD492ucFLv#F5t29$<?4'
+    '9p|~I4c^U{5nt$b|lDr&K_uf$fNXLBn{3=41WWfLWWZRfuIGM%&7v!)_{%$C%882hGCp)(~=P5#Hn`U1c=UDwy|ae{zU}UnQrP)K}}@n'
+    'm@U;ocYp<=D$&Dr@Q6{M!8#jKN^znEm~6siG5FSj&cM=CwCBQ6h0-Xz>3n)p=c)iZ3exYCo)|{_&n6>*Td?vZ)V-`5H$)+%Bt!3VF1vs'
+    'vNc)MP9?FZk$d4KDjCTnfi>;O*(;H91_Dyg+a%RzPtW1St6WDBvTcO2F63?FZ>2=}qk^1n!uCd)oOzuv_haG0?(qTt^IEe;8b2!P{gVb'
+    '+7W{vyP4)DOmaB{VVQy3t$HN5QpbJ@--+niDd3JwE`L*VV(;Uq@$^=#+$GAD_=z0M1=)^?==?Nb#_DXvvGTc}m5t^^~{((mNvdRysE4@'
+    'pKIFOWFF=p>^WMzuRVFXvMmkMvqdV@3&7T&CYhfi3w{1Ep#YY#P4{Xg;Y#P9>vcjxt7upg<xS3QAztV+Vs&jKaGpY^CMs?b?dI_Z^kBE'
+    'j;iwBZyfG@x{g#hfrkb@C~>NmF&xRjr%)Xl?<fDPIPJ~s?bA?7_4TD5d1Hd&Y>z6!xV#1zp5&1an*+-?0rY2bm9pNG#(F9xsN_ye0z;3'
+    '94!bN@|A*TPJ%J^w32eaD$CdaPmq-e$i<Mq1dxJYMA<wBb<0sPx9aL_P=Vhx<x*7{&YXq@?04oukU9ip3{=8mI9;y<8HsxR5*n|nK;~y'
+    '0m&8WSXP9Ajx{<(8WXAX4n%W$sRO+L+OIy%e-(pys^XoJYww;T|mg&a&Wk$u%jR(W_SfCO{jURbbuEBVvq|A7BCU4B|lz&(9Ve>Rj!)?'
+    'ouL1~QYxNBEG93g!=?430Y$d~R>>YbX5{fqd@Lub<*(3-PYwqr9|jZ+K<W$?SDp3xi1Rk%3Pv3c4j7#RsuF^!qS6>>IEtWm6BSeX6yYF'
+    'lLcUCQ&Xs;*PHE8MUmI}Z-ww_P(=*@X*%_+fU0RLE@OC($Bn;&b#y2>Om6UroI9eih1iw$0*R$tobc7dB^uci&2&Z0J!9jZSg7Ysdkb&'
+    'IJ>14(}_<DwV%R)N<v*t(wJe!4`hHIaRRXWrxe|<XXtNatc<d;lh5N71ER~_UB=yh!I~I=P-C-13zN<3CenNvbFGofLSsaear`##>P$F'
+    'i0+CFKq=ha&FB?%Vk}tpImY9WHYad3A1&l0<V?I)<Wb?l(a#s>3#tZ>Q;j|<FV}4W$6;n`f;RsHOR1~41PJ%i48Ho;ZU;KYHM+>SNHds'
+    'nVIHocYbwW9U8&*iAQi?92Vjh?`+zp{V>*o`EZEJ*;kwaNY28rHXJiDI6jy+5fd(76fp{%C$agBEV+V~`TTp3u?|u~$e5+LR$TW8QGA~'
+    'E_F`$*lfp&8D#2V<bFqf|gAG!}2cYDUx5S3C#j`1_#tViYV&sBV_s`DsY3Y8p7`OUTLI6wFqEn@GKW9`BV;QGMG?1SvZgu@tJd<mn8S3'
+    'GLzx0gW+_#wuhVoUf58m7uZ6@O?|8inf;-%LkOW3Ivn0efzERCMiRyRQ2hBgdKHOdY!EUy~}&h|}aGMAfcDpq)IJ%&|4msANm|c~EyPM'
+    '8)@UrZKHRMJZrTOanT|pFr#;BvSVDVB_`iF*njPff{E3o#67HxdpAlOXls|$PFJq5T<iR*RBsyA+?jAYRL6XB|%E@e7N-NYJLQBW(KKh'
+    'dbo(=nUStcfCuI3#gLuH2)76)&J6zU;ZF&vo|gP6G6mfA#v+vG{Ke*%8-I`<UVu8Be8ZST6{su3<lfKt3@d;ZuIQptaZwiNHn8l=L8Fw'
+    'vSbL~*>xSc=F&<IBMa2YJN`?h-g6af*xg<(;Q)DnLpCZ-y5(^-I@y1|PgAekPBxx$pjs5(YoCZTQpmCtIi!#c(G<4Wn{1BRn2wT22n6o'
+    'ih-Dvq_ghxXO`d@i5eW?!a#lsmT#d{vjOz!imH@_-a>9zhayM&Zlg-6g{!Ke_&*&<cYeula4k)wFfmsVq{`Y6!1d6?P3*Ix{eElq`Lh3'
+    'omm9FsL?_~BiLiEOBFbU~=Pu?}s({GkSnuKg4vyH^0sx)`it79Uh|n}WIQ@eUio_{}Du7Q=RU37;z94ZpyWFJd6es~hj~>SC#)^72+TX'
+    'bNU>_JL>aexPaKVWa1yaTe_4FFt;~1}Hm+DU8qXq<JCYe*tqnxXl')
+
+UNICODE_NAMES = "Cn Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co".split()
+UNICODE_CACHE = {}  # name -> ranges, filled when first needed
+LAST_POINT = 0x10ffff
+END = LAST_POINT + 1  # in a set: the end of the text
+
+
+def unicode_numbers(packed):
+    number, shift, raw = 0, 0, zlib.decompress(base64.b85decode(packed))
+    for byte in raw:
+        number, shift = number | (byte & 127) << shift, shift + 7
+        if byte < 128:
+            yield number
+            number = shift = 0
+
+
+def unicode_property(name):
+    """The ranges of a general category ("Lu"), a group of them ("L") or a script ("Han")."""
+    if not UNICODE_CACHE:
+        numbers, start = unicode_numbers(UNICODE_CATEGORIES), 0
+        for kind in numbers:
+            length = next(numbers)
+            for key in (UNICODE_NAMES[kind], UNICODE_NAMES[kind][0]):
+                UNICODE_CACHE.setdefault(key, []).append((start, start + length - 1))
+            start += length
+        numbers = unicode_numbers(UNICODE_SCRIPTS)
+        for script in ("Han", "Hiragana", "Katakana", "Hangul"):
+            last, found = 0, UNICODE_CACHE.setdefault(script, [])
+            for _ in range(next(numbers)):
+                first = last + next(numbers)
+                last = first + next(numbers)
+                found.append((first, last))
+    if name not in UNICODE_CACHE:
+        raise Refused("a regular expression uses the property \\p{%s}, which export.py does not know" % name)
+    return set_union(UNICODE_CACHE[name])
+
+
+def set_union(*sets):
+    """Sets of code points are sorted lists of (first, last)."""
+    out = []
+    for first, last in sorted(r for s in sets for r in s):
+        if out and first <= out[-1][1] + 1:
+            out[-1] = (out[-1][0], max(last, out[-1][1]))
+        else:
+            out.append((first, last))
+    return out
+
+
+def set_complement(s):
+    out, start = [], 0
+    for first, last in set_union(s) + [(END, END)]:
+        if first > start:
+            out.append((start, min(first, END) - 1))
+        start = last + 1
+    return out
+
+
+def set_intersection(a, b):
+    return [(max(p, r), min(q, s)) for p, q in a for r, s in b if max(p, r) <= min(q, s)]
+
+
+WHITE_SPACE = [(9, 13), (32, 32), (0x85, 0x85), (0xa0, 0xa0), (0x1680, 0x1680), (0x2000, 0x200a),
+               (0x2028, 0x2029), (0x202f, 0x202f), (0x205f, 0x205f), (0x3000, 0x3000)]
+CIRCLED = [(0x24b6, 0x24e9), (0x1f130, 0x1f149), (0x1f150, 0x1f169), (0x1f170, 0x1f189)]  # Alphabetic symbols
+
+
+def word_characters(extra):
+    return set_union(*[unicode_property(p) for p in ("L", "M", "Nd", "Nl", "Pc")], CIRCLED, extra)
+
+
+class Pattern:
+    """A regular expression, read into a tree:
+    ("set", ranges) ("ahead", ranges) ("seq", nodes) ("alt", nodes) ("rep", node, least, most or None, mode)
+    with modes "" (greedy), "?" (lazy), "+" (possessive). The dialect is Oniguruma's with Ruby's syntax, as in the
+    `tokenizers` package: $ is the end of a line, X{1,3}+ is a repetition of X{1,3}."""
+
+    def __init__(self, text):
+        self.text, self.at, self.ignore_case = text, 0, False
+        self.tree = self.alternatives()
+        if self.at < len(text):
+            self.refuse("an unexpected %r" % text[self.at])
+        if self.first(self.tree)[1]:
+            self.refuse("a pattern that can match nothing")
+        self.check(self.tree, [], True)
+
+    def refuse(self, what):
+        raise Refused("the regular expression %r has %s (at %d), which cannot be carried over exactly"
+                      % (self.text, what, self.at))
+
+    def take(self, text):
+        if self.text.startswith(text, self.at):
+            self.at += len(text)
+            return True
+        return False
+
+    def next(self):
+        if self.at >= len(self.text):
+            self.refuse("a sudden end")
+        self.at += 1
+        return self.text[self.at - 1]
+
+    def alternatives(self):
+        outer = self.ignore_case
+        nodes = [self.sequence()]
+        while self.take("|"):
+            nodes.append(self.sequence())
+        self.ignore_case = outer
+        return nodes[0] if len(nodes) == 1 else ("alt", nodes)
+
+    def sequence(self):
+        nodes = []
+        while self.at < len(self.text) and self.text[self.at] not in "|)":
+            start = self.at
+            node = self.atom()
+            while self.at < len(self.text) and self.text[self.at] in "*+?{":
+                node = self.repeated(node)
+            if (self.ignore_case and nodes and node[0] == nodes[-1][0] == "set"
+                    and any(set_intersection(nodes[-1][1], [(ord(p[0]), ord(p[0]))])
+                            and set_intersection(node[1], [(ord(p[1]), ord(p[1]))])
+                            for p in ("ff", "fi", "fl", "ss", "st"))):
+                self.at = start
+                self.refuse("letters that a single character folds to when case is ignored")
+            nodes.append(node)
+        return nodes[0] if len(nodes) == 1 else ("seq", nodes)
+
+    def repeated(self, node):
+        mark = self.next()
+        least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(mark, (0, 0))
+        if mark == "{":
+            numbers = self.text[self.at:].split("}")[0]
+            self.at += len(numbers) + 1
+            parts = numbers.split(",")
+            if len(parts) > 2 or not all(p.isdigit() or (p == "" and len(parts) == 2) for p in parts):
+                self.refuse("a repetition {%s}" % numbers)
+            least = int(parts[0] or 0)
+            most = (int(parts[1]) if parts[1] else None) if len(parts) == 2 else least
+            if numbers == "," or (most is not None and most < least) or max(least, most or 0) > 1024:
+                self.refuse("a repetition {%s}" % numbers)
+        mode = "?" if self.take("?") else "+" if mark != "{" and self.take("+") else ""
+        if mode == "?" and mark == "{" and least == most:
+            self.refuse("a repetition {n}?")
+        if most is None and self.first(node)[1]:
+            self.refuse("an endless repetition of something that can be empty")
+        if node[0] == "ahead":
+            self.refuse("a repeated condition")
+        return ("rep", node, least, most, mode)
+
+    def atom(self):
+        c = self.next()
+        if c == "(":
+            return self.group()
+        if c == "[":
+            return ("set", self.bracket())
+        if c == ".":
+            return ("set", set_complement([(10, 10)]))
+        if c == "$":
+            return ("ahead", [(10, 10), (END, END)])
+        if c in "^*+?{":
+            self.refuse("a %r" % c)
+        if c == "\\":
+            if self.take("z"):
+                return ("ahead", [(END, END)])
+            found, point = self.escape()
+            return ("set", found if point is None else self.folded([(point, point)]))
+        return ("set", self.folded([(ord(c), ord(c))]))
+
+    def group(self):
+        outer = self.ignore_case
+        if self.take("?i:"):
+            self.ignore_case = True
+        elif self.take("?i)"):  # from here to the end of the group around
+            self.ignore_case = True
+            return ("seq", [])
+        elif self.text.startswith("?", self.at) and not self.take("?:"):
+            positive, negative = self.take("?="), self.take("?!")
+            if not positive and not negative:
+                self.refuse("a group (%s" % self.text[self.at:self.at + 3])
+            node = self.alternatives()
+            nodes = node[1] if node[0] == "alt" else [node]
+            if not self.take(")") or any(n[0] != "set" for n in nodes):
+                self.refuse("a condition on more than one character")
+            found = set_union(*[n[1] for n in nodes])
+            return ("ahead", found if positive else set_union(set_complement(found), [(END, END)]))
+        node = self.alternatives()
+        if not self.take(")"):
+            self.refuse("a group that is not closed")
+        self.ignore_case = outer
+        return node
+
+    def folded(self, ranges):
+        """The set with the other case of its letters, if case is ignored."""
+        if not self.ignore_case:
+            return ranges
+        out = list(ranges)
+        for first, last in ranges:
+            if last > 127 and (first, last) != (0x2019, 0x2019):
+                self.refuse("letters beyond ASCII where case is ignored")
+            for c in map(chr, range(first, last + 1)):
+                out += [(ord(f), ord(f)) for f in (c.lower(), c.upper())] if c.isalpha() else []
+                out += [(0x17f, 0x17f)] if c in "sS" else [(0x212a, 0x212a)] if c in "kK" else []
+        return set_union(out)
+
+    def escape(self):
+        """What follows a backslash: (set, None), or (None, the one code point that it stands for)."""
+        c = self.next()
+        if c in "pP":
+            if not self.take("{"):
+                self.refuse("a \\%s without {" % c)
+            negate = self.take("^") != (c == "P")
+            name = self.text[self.at:].split("}")[0]
+            self.at += len(name) + 1
+            if self.ignore_case and name in ("Lu", "Ll", "Lt"):
+                self.refuse("\\p{%s} where case is ignored" % name)
+            found = unicode_property(name)
+            return set_complement(found) if negate else found, None
+        if c in "sSdDwW":
+            found = {"s": lambda: WHITE_SPACE, "d": lambda: unicode_property("Nd"),  # Oniguruma's \w has 6 more
+                     "w": lambda: word_characters([(0xb2, 0xb3), (0xb9, 0xb9), (0xbc, 0xbe)])}[c.lower()]()
+            return set_complement(found) if c.isupper() else found, None
+        if c in "xu":
+            if self.take("{"):
+                digits = self.text[self.at:].split("}")[0]
+                self.at += len(digits) + 1
+            else:
+                digits = self.text[self.at:self.at + (2 if c == "x" else 4)]
+                self.at += len(digits)
+            if not digits or digits.strip("0123456789abcdefABCDEF") or int(digits, 16) > LAST_POINT:
+                self.refuse("an escape \\%s%s" % (c, digits))
+            return None, int(digits, 16)
+        plain = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "a": 7, "e": 27}
+        if c.isalnum() and c not in plain:
+            self.refuse("an escape \\%s" % c)
+        return None, plain.get(c, ord(c))
+
+    def bracket(self):
+        """A class in brackets, after its [."""
+        negate, found, both, first = self.take("^"), [], None, True
+        while first or not self.take("]"):
+            first = False
+            if self.take("&&"):
+                both, found = found if both is None else set_intersection(both, found), []
+                continue
+            if self.text.startswith("[:", self.at):
+                self.refuse("a POSIX class")
+            c = self.next()
+            more, point = (self.bracket(), None) if c == "[" else self.escape() if c == "\\" else (None, ord(c))
+            if point is not None:
+                last = point
+                if self.text.startswith("-", self.at) and not self.text.startswith("-]", self.at):
+                    self.at += 1
+                    c = self.next()
+                    last = self.escape()[1] if c == "\\" else ord(c) if c != "[" else None
+                    if last is None or last < point:
+                        self.refuse("a range that does not run from a character to a later one")
+                more = self.folded([(point, last)])
+            found = set_union(found, more)
+        found = found if both is None else set_intersection(both, found)
+        if negate and self.ignore_case and set_intersection(found, [(65, 90), (97, 122)]):
+            self.refuse("a negated class where case is ignored")
+        return set_complement(found) if negate else found
+
+    def first(self, node):
+        """The set of characters that a match of this node can begin with, and whether it can be empty."""
+        if node[0] == "set":
+            return node[1], False
+        if node[0] == "ahead":
+            return node[1], True
+        if node[0] == "rep":
+            found, empty = self.first(node[1])
+            return ([], True) if node[3] == 0 else (found, empty or node[2] == 0)
+        sets, empties = [], []
+        for child in node[1]:
+            found, empty = self.first(child)
+            sets.append(found)
+            empties.append(empty)
+            if node[0] == "seq" and not empty:
+                break
+        return set_union(*sets), (all if node[0] == "seq" else any)(empties)
+
+    def check(self, node, follow, free):
+        """Possessive repetitions are compiled as greedy ones. That is the same where giving a character back
+        can never help: what follows cannot begin with it, or can always be empty (`free`)."""
+        if node[0] == "alt":
+            for child in node[1]:
+                self.check(child, follow, free)
+        elif node[0] == "seq":
+            for child in reversed(node[1]):
+                self.check(child, follow, free)
+                found, empty = self.first(child)
+                follow = set_union(found, follow) if empty else found
+                free = free and empty and child[0] != "ahead"
+        elif node[0] == "rep":
+            if node[4] == "+" and (node[1][0] != "set" or (not free and set_intersection(node[1][1], follow))):
+                self.refuse("a possessive repetition")
+            again = node[3] is None or node[3] > 1
+            self.check(node[1], set_union(self.first(node[1])[0], follow) if again else follow, free)
+
+
+def pattern_program(tree, sets):
+    """The program of a tree: [operation, x, y] each. `sets` collects the sets that it names by number."""
+    match, read, ahead, jump, fork = range(5)
+    code = []
+
+    def emit(node):
+        if len(code) > 8000:
+            raise Refused("a regular expression is too long (8192 instructions)")
+        if node[0] in ("set", "ahead"):
+            if node[1] not in sets:
+                sets.append(node[1])
+            code.append([read if node[0] == "set" else ahead, sets.index(node[1]), 0])
+        elif node[0] == "seq":
+            for child in node[1]:
+                emit(child)
+        elif node[0] == "alt":
+            ends = []
+            for child in node[1][:-1]:
+                here = len(code)
+                code.append([fork, here + 1, None])
+                emit(child)
+                ends.append(len(code))
+                code.append([jump, None, 0])
+                code[here][2] = len(code)
+            emit(node[1][-1])
+            for end in ends:
+                code[end][1] = len(code)
+        else:
+            _, child, least, most, mode = node
+            side = 2 if mode != "?" else 1  # of a fork: where leaving the loop is written
+            for _ in range(least):
+                emit(child)
+            forks = []
+            for _ in range(1 if most is None else most - least):
+                forks.append(len(code))
+                code.append([fork, len(code) + 1, len(code) + 1])
+                emit(child)
+            if most is None:
+                code.append([jump, forks[0], 0])
+            for here in forks:
+                code[here][side] = len(code)
+
+    emit(tree)
+    return code + [[match, 0, 0]]
+
+
+def pattern_atoms(sets):
+    """The coarsest partition of the code points that all sets respect: rows (first code point, atom), and the sets
+    as bits over atoms. Atom 0 is the end of the text."""
+    edges = sorted({0} | {e for s in sets for a, b in s for e in (a, b + 1) if e <= LAST_POINT})
+    kinds, rows, bits = {}, [], [0] * len(sets)
+    starts = [{e for a, b in s for e in (a,)} for s in sets]
+    stops = [{b + 1 for a, b in s} for s in sets]
+    inside = [False] * len(sets)
+    for edge in edges:
+        for i in range(len(sets)):
+            inside[i] = edge in starts[i] or (inside[i] and edge not in stops[i])
+        atom = kinds.setdefault(tuple(inside), len(kinds) + 1)
+        if atom > 255:
+            raise Refused("the regular expressions tell more than 255 kinds of characters apart")
+        if not rows or rows[-1][1] != atom:
+            rows.append((edge, atom))
+    for kind, atom in kinds.items():
+        for i, member in enumerate(kind):
+            bits[i] |= int(member) << atom
+    for i, s in enumerate(sets):
+        bits[i] |= int(any(b >= END for a, b in s))
+    return rows, [[(b >> 32 * k & 0xffffffff) - (b >> 32 * k + 31 & 1) * (1 << 32) for k in range(8)] for b in bits]
+
+
+def nfc_tensors():
+    """The tables of tokenizer.c for normalisation form C."""
+    numbers, last, classes = unicode_numbers(UNICODE_NFC), 0, []
+    for _ in range(next(numbers)):
+        first = last + next(numbers)
+        last = first + next(numbers)
+        classes += [first, last, next(numbers)]
+    count, point, part, parts, pairs = next(numbers), 0, 0, {}, []
+    for _ in range(count):
+        point += next(numbers)
+        step, second = next(numbers), next(numbers)
+        part += -(step >> 1) if step & 1 else step >> 1
+        parts[point] = (part, second >> 1)
+        if second & 1:
+            pairs.append((part, second >> 1, point))
+
+    def full(c):
+        return [c] if c not in parts else [d for p in parts[c] if p for d in full(p)]
+
+    rows = [([c] + full(c) + [0] * 4)[:5] for c in sorted(parts)]
+    return {"tokenizer.nfc.classes": tensor_i32(classes, 3),
+            "tokenizer.nfc.decompose": tensor_i32([x for row in rows for x in row], 5),
+            "tokenizer.nfc.compose": tensor_i32([x for row in sorted(pairs) for x in row], 3)}
+
+
+def tensor_i32(numbers, columns=0):
+    shape = [len(numbers) // columns, columns] if columns else [len(numbers)]
+    return "I32", shape, struct.pack("<%di" % len(numbers), *numbers)
+
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS = r"[\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}]"  # Rust's is_numeric: Unicode 17
+SPACE = "\u2581"
+
+
+class TokenizerBuilder:
+    """Collects a tokenizer and writes it as metadata and tensors."""
+
+    START, CONTROL, USER, SPLIT, UNLESS_THERE = 1, 2, 4, 8, 16  # places of a prepended string
+    NORMAL, UNKNOWN, CONTROL_TOKEN, USER_TOKEN, UNUSED, BYTE = range(1, 7)
+    BEHAVIOURS = ["removed", "isolated", "mergedwithprevious", "mergedwithnext", "contiguous"]
+
+    def __init__(self, vocab_size):
+        self.pieces = [(b"", self.UNUSED)] * vocab_size  # bytes, type
+        self.steps, self.sets, self.notes = [], [], []  # of steps: lists of numbers
+        self.added, self.merges, self.scores = set(), None, None
+        self.meta = {"tokenizer.symbols": "bytes", "token.add_bos": "0"}
+        self.special = {}
+        self.spaces = False    # U+2581 has become the space
+        self.normalizes = self.byte_level = self.nfc = False
+
+    def flag(self, key, value):
+        self.meta["tokenizer." + key] = "1" if value else "0"
+
+    def piece(self, token, data, kind):
+        if not 0 <= token < len(self.pieces):
+            raise Refused("the tokenizer has a token number %d, but the model has %d rows" % (token, len(self.pieces)))
+        self.pieces[token] = (data, kind)
+
+    def prepend(self, text, places):
+        text = text.replace(SPACE, " ") if self.spaces else text
+        self.steps.append([1, 1 + len(text.encode()), places] + list(text.encode()))
+
+    def replace(self, old, new):
+        if old == " " and new == SPACE and not self.spaces:
+            old, new, self.spaces = SPACE, " ", True
+        elif not old or (self.spaces and (" " in old + new or SPACE in old + new)):
+            raise Refused("the tokenizer replaces %r by %r, which cannot be carried over exactly" % (old, new))
+        a, b = old.encode(), new.encode()
+        self.steps.append([2, 1 + len(a) + len(b), len(a)] + list(a) + list(b))
+
+    def split(self, pattern, behaviour, invert=False):
+        tree = Pattern(pattern).tree
+        sets = []
+        code = pattern_program(tree, sets)
+        if self.spaces:  # the pattern was written for U+2581 where the text now has a space
+            mark = [(ord(SPACE), ord(SPACE))]
+            for i, s in enumerate(sets):
+                plain = set_intersection(s, set_complement([(32, 32)]) + [(END, END)])
+                sets[i] = set_union(plain, [(32, 32)]) if set_intersection(s, mark) else plain
+        if any(not sets[x] for op, x, _ in code if op == 1):  # it waits for a character that no longer occurs
+            if len([1 for op, _, _ in code if op == 1]) > 1:
+                raise Refused("the regular expression %r is written for spaces that became U+2581" % pattern)
+            return
+        for s in sets:
+            if s not in self.sets:
+                self.sets.append(s)
+        flat = [n for op, x, y in code for n in (op, self.sets.index(sets[x]) if op in (1, 2) else x, y)]
+        self.steps.append([5, 2 + len(flat), self.BEHAVIOURS.index(behaviour.lower().replace("_", "")), int(invert)]
+                          + flat)
+
+    def literal(self, text, behaviour, invert=False):
+        """A split by a plain string."""
+        self.split("".join("\\x{%x}" % ord(c) for c in text), behaviour, invert)
+
+    def finish(self):
+        """Metadata, tensors, special: what the exporter writes."""
+        if any(kind & 0x40 for _, kind in self.pieces):
+            self.sets.append(word_characters([(0x200c, 0x200d)]))
+            self.steps.append([6, 1, len(self.sets) - 1])
+        rows, bits = pattern_atoms(self.sets)
+        offsets = [0]
+        for data, _ in self.pieces:
+            offsets.append(offsets[-1] + len(data))
+        if offsets[-1] > 1 << 30:
+            raise Refused("the tokens have more than 1 GB of text")
+        order = sorted((self.pieces[token][0], token) for token in self.added if self.pieces[token][0])
+        order = [token for i, (data, token) in enumerate(order) if i == 0 or order[i - 1][0] != data]
+        text = b"".join(data for data, _ in self.pieces)
+        tensors = {"tokenizer.bytes": ("U8", [len(text)], text),
+                   "tokenizer.offsets": tensor_i32(offsets),
+                   "tokenizer.types": ("U8", [len(self.pieces)], bytes(kind for _, kind in self.pieces))}
+        self.meta["tokenizer.merge"] = "rank" if self.scores is None else "score"
+        if self.scores is None:
+            tensors["tokenizer.merges"] = tensor_i32(self.merges, 3)
+        else:
+            tensors["tokenizer.scores"] = ("F32", [len(self.scores)],
+                                           struct.pack("<%df" % len(self.scores), *self.scores))
+        if order:
+            tensors["tokenizer.added"] = tensor_i32(order)
+        if self.steps:
+            tensors["tokenizer.program"] = tensor_i32([n for step in self.steps for n in step])
+        if self.sets:
+            tensors["tokenizer.atoms"] = tensor_i32([n for row in rows for n in row], 2)
+            tensors["tokenizer.sets"] = tensor_i32([n for row in bits for n in row], 8)
+        if self.nfc:
+            tensors.update(nfc_tensors())
+        return {"meta": self.meta, "tensors": tensors, "special": self.special, "notes": self.notes}
+
+
+def byte_alphabet():
+    """GPT-2's characters for bytes -> byte: printable ones stand for themselves, the others from U+0100 on."""
+    plain = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
+    others = [b for b in range(256) if b not in plain]
+    return {chr(c): b for c, b in list(zip(plain, plain)) + [(256 + i, b) for i, b in enumerate(others)]}
+
+
+def byte_token(text):
+    """The byte that a token like <0x0A> stands for, or None."""
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        digits = text[3:5]
+        return int(digits, 16) if not digits.strip("0123456789ABCDEFabcdef") else None
+    return None
+
+
+def set_merges(builder, merges, ids, last_wins):
+    """Merges as pairs of token texts -> rows (left, right, result). `ids`: text -> id of tokens that can merge."""
+    ranks = {}
+    for rank, (left, right) in enumerate(merges):
+        if left not in ids or right not in ids or left + right not in ids:
+            raise Refused("the merge %r + %r makes or needs a token that the vocabulary lacks" % (left, right))
+        if last_wins or (left, right) not in ranks:
+            ranks[(left, right)] = rank
+    builder.merges = []
+    for left, right in sorted(ranks, key=ranks.get):
+        row = [ids[left], ids[right], ids[left + right]]
+        data = [builder.pieces[token][0] for token in row]
+        kinds = [builder.pieces[token][1] & 15 for token in row]
+        if kinds[2] in (builder.NORMAL, builder.USER_TOKEN):
+            if data[2] != data[0] + data[1]:
+                raise Refused("the merge %r + %r does not spell its result" % (left, right))
+            builder.merges += row
+        elif kinds[2] != builder.UNUSED:
+            raise Refused("the merge %r + %r makes a control token" % (left, right))
+
+
+# ---- tokenizer.json -----------------------------------------------------------------------------------------------
 
 def tokenizer_from_hf(folder, vocab_size):
-    return None
+    """The tokenizer of a Hugging Face folder: tokenizer.json, else tokenizer.model."""
+    def load(name):
+        path = os.path.join(folder, name)
+        return read_json(path) if os.path.exists(path) else {}
+
+    config, special = load("tokenizer_config.json"), load("special_tokens_map.json")
+    if os.path.exists(os.path.join(folder, "tokenizer.json")):
+        return tokenizer_from_json(load("tokenizer.json"), vocab_size, config, special)
+    path = os.path.join(folder, "tokenizer.model")
+    if not os.path.exists(path):
+        raise Refused("the folder has neither a tokenizer.json nor a tokenizer.model")
+    with open(path, "rb") as file:
+        return tokenizer_from_spm(file.read(), vocab_size, config, special)
 
 
-def tokenizer_from_gguf(pairs, vocab_size):
-    return None
+def set_special(builder, config, special, ids):
+    """bos, eos and unknown from tokenizer_config.json and special_tokens_map.json; `ids`: text -> id."""
+    for name in ("bos_token", "eos_token", "unk_token"):
+        for source in (config, special):
+            token = source.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and name not in builder.special:
+                builder.special[name] = token
+    for name, key in (("bos_token", "token.bos"), ("eos_token", "token.eos")):
+        if builder.special.get(name) in ids:
+            builder.meta[key] = str(ids[builder.special[name]])
+    if isinstance(config.get("add_bos_token"), bool):
+        builder.meta["token.add_bos"] = str(int(config["add_bos_token"]))
+    if "token.bos" not in builder.meta:
+        builder.meta["token.add_bos"] = "0"
+
+
+def json_normalizer(builder, node):
+    kind = node.get("type")
+    if kind == "Sequence":
+        for child in node["normalizers"]:
+            json_normalizer(builder, child)
+        return
+    builder.normalizes = True
+    if kind == "NFC":
+        builder.steps.append([3, 0])
+        builder.nfc = True
+    elif kind == "Prepend":
+        builder.prepend(node["prepend"], 15)
+        builder.notes.append("prepends")
+    elif kind == "Replace" and "String" in node["pattern"]:
+        builder.replace(node["pattern"]["String"], node["content"])
+    else:
+        raise Refused("the tokenizer has a normalizer %s, which is not supported" % kind)
+
+
+def json_pre_tokenizer(builder, node):
+    kind = node.get("type")
+    if kind == "Sequence":
+        for child in node["pretokenizers"]:
+            json_pre_tokenizer(builder, child)
+        return
+    if builder.byte_level:
+        raise Refused("the tokenizer has a pre-tokenizer %s after ByteLevel, which is not supported" % kind)
+    if kind == "Split":
+        pattern, invert = node["pattern"], bool(node.get("invert"))
+        if "Regex" in pattern:
+            builder.split(pattern["Regex"], node["behavior"], invert)
+        else:
+            builder.literal(pattern["String"], node["behavior"], invert)
+    elif kind == "ByteLevel":
+        if node.get("add_prefix_space", True):
+            builder.prepend(" ", 15 | builder.UNLESS_THERE)
+        if node.get("use_regex", True):
+            builder.split(GPT2_PATTERN, "isolated")
+        builder.byte_level = True
+    elif kind == "Metaspace":
+        scheme = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
+        if node.get("replacement") != SPACE:
+            raise Refused("the tokenizer has a Metaspace with %r" % node.get("replacement"))
+        builder.spaces or builder.replace(" ", SPACE)
+        if scheme != "never":
+            builder.prepend(" ", (1 if scheme == "first" else 15) | builder.UNLESS_THERE)
+        if node.get("split", True):
+            builder.literal(SPACE, "mergedwithnext")
+    elif kind == "Digits":
+        builder.split(DIGITS, "isolated" if node.get("individual_digits") else "contiguous")
+    elif kind == "WhitespaceSplit":
+        builder.split(r"\s", "removed")
+    else:
+        raise Refused("the tokenizer has a pre-tokenizer %s, which is not supported" % kind)
+
+
+def json_decoder(builder, node, byte_fallback):
+    """Checks that tokens decode as their bytes in a row, but for one leading space."""
+    nodes = node.get("decoders") if node.get("type") == "Sequence" else [node]
+    kinds = [child.get("type") for child in nodes]
+    strip = False
+    if builder.byte_level:
+        good = kinds == ["ByteLevel"]
+    elif kinds == ["Metaspace"]:
+        good = builder.spaces and not byte_fallback
+        strip = nodes[0].get("prepend_scheme", "always" if nodes[0].get("add_prefix_space", True) else "never") != "never"
+    else:
+        good = builder.spaces and "Replace" in kinds and ("ByteFallback" in kinds) == byte_fallback
+        for child in nodes:
+            kind = child.get("type")
+            strip = strip or kind == "Strip"
+            good = good and (kind in ("ByteFallback", "Fuse")
+                             or (kind == "Replace" and child["pattern"].get("String") == SPACE and child["content"] == " ")
+                             or (kind == "Strip" and [child.get(k) for k in ("content", "start", "stop")] == [" ", 1, 0]))
+    if not good:
+        raise Refused("the tokenizer has a decoder %s, which does not fit the rest of it" % " + ".join(map(str, kinds)))
+    builder.flag("strip_space", strip)
+
+
+def json_added(builder, node, ids, prefixed):
+    """One added token."""
+    token, text = node["id"], node["content"]
+    special, normalized = bool(node.get("special")), bool(node.get("normalized", not node.get("special")))
+    kind = builder.CONTROL_TOKEN if special else builder.USER_TOKEN
+    if special and builder.meta.get("tokenizer.unknown") == str(token):
+        kind = builder.UNKNOWN
+    data = text.replace(SPACE, " ") if builder.spaces else text
+    if not special and not normalized and data != text:
+        builder.notes.append("the added token %r is found by merging, not as a whole" % text)
+        return
+    if not special and normalized and builder.normalizes and (prefixed or (builder.nfc and not text.isascii())):
+        raise Refused("the added token %r is to be found in normalised text, which cannot be carried over" % text)
+    flags = (0x10 * bool(node.get("lstrip")) | 0x20 * bool(node.get("rstrip")) | 0x40 * bool(node.get("single_word"))
+             | 0x80 * (normalized and not special))
+    builder.piece(token, data.encode(), kind | flags)
+    builder.added.add(token)
+
+
+def tokenizer_from_json(data, vocab_size, config=None, special=None):
+    """A tokenizer.json, with tokenizer_config.json and special_tokens_map.json where there are any."""
+    try:
+        return json_tokenizer(data, vocab_size, config or {}, special or {})
+    except (KeyError, TypeError, AttributeError, ValueError, UnicodeError, RecursionError) as problem:
+        raise Refused("the tokenizer.json is not well formed: %s %s" % (type(problem).__name__, problem))
+
+
+def json_tokenizer(data, vocab_size, config, special):
+    builder, model = TokenizerBuilder(vocab_size), data["model"]
+    kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
+    if kind != "BPE":
+        raise Refused("the tokenizer is of the kind %s; only BPE is supported" % kind)
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise Refused("the tokenizer uses %s, which is not supported" % key)
+    vocab, byte_fallback = model["vocab"], bool(model.get("byte_fallback"))
+    if model.get("unk_token") is not None:
+        if model["unk_token"] not in vocab:
+            raise Refused("the unknown token %r is not in the vocabulary" % model["unk_token"])
+        builder.meta["tokenizer.unknown"] = str(vocab[model["unk_token"]])
+    builder.flag("fuse_unknown", model.get("fuse_unk"))
+    builder.flag("ignore_merges", model.get("ignore_merges"))
+    if data.get("normalizer"):
+        json_normalizer(builder, data["normalizer"])
+    prefixed = "prepends" in builder.notes
+    builder.notes = []
+    added = data.get("added_tokens") or []
+    if any(not a.get("special") and a.get("normalized", True) for a in added):
+        builder.steps.append([4, 0])
+    if data.get("pre_tokenizer"):
+        json_pre_tokenizer(builder, data["pre_tokenizer"])
+    json_decoder(builder, data.get("decoder") or {}, byte_fallback)
+    builder.meta["tokenizer.symbols"] = "bytes" if builder.byte_level else "chars"
+
+    alphabet, taken = byte_alphabet(), {}
+    for text, token in sorted(vocab.items(), key=lambda item: (" " in item[0], item[1])):
+        piece_kind, byte = builder.NORMAL, byte_token(text) if byte_fallback else None
+        if builder.byte_level and all(c in alphabet for c in text):
+            piece = bytes(alphabet[c] for c in text)
+        elif byte is not None:
+            piece, piece_kind = bytes([byte]), builder.BYTE
+        else:
+            piece = (text.replace(SPACE, " ") if builder.spaces else text).encode()
+            if builder.byte_level or (builder.spaces and " " in text) or str(token) == builder.meta.get(
+                    "tokenizer.unknown"):
+                piece_kind = builder.UNKNOWN if str(token) == builder.meta.get("tokenizer.unknown") else builder.UNUSED
+        if piece_kind == builder.NORMAL and taken.setdefault(piece, token) != token:
+            raise Refused("the tokens %d and %d decode to the same text %r" % (taken[piece], token, piece))
+        builder.piece(token, piece, piece_kind)
+    for node in added:
+        json_added(builder, node, vocab, prefixed)
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if any(len(m) != 2 for m in merges):
+        raise Refused("the tokenizer has a merge that is not a pair")
+    set_merges(builder, merges, vocab, True)
+
+    ids = dict(vocab)
+    ids.update((a["content"], a["id"]) for a in added)
+    processors = data.get("post_processor") or {}
+    for node in processors.get("processors", [processors]):
+        if node.get("type") == "TemplateProcessing" and node["single"] and "SpecialToken" in node["single"][0]:
+            first = node["single"][0]["SpecialToken"]["id"]
+            builder.special.setdefault("bos_token", first) if not (config or special) else None
+            wanted = [source.get("bos_token") for source in (config, special) if source.get("bos_token")]
+            names = [w.get("content") if isinstance(w, dict) else w for w in wanted] or [first]
+            builder.meta["token.add_bos"] = str(int(first in names))
+    set_special(builder, config, special, ids)
+    return builder.finish()
+
+
+# ---- SentencePiece, llama2.c, GGUF --------------------------------------------------------------------------------
+
+def score_tokenizer(builder, tokens, scores, kinds, unknown, prefix):
+    """SentencePiece's BPE: neighbours merge by the score of what they spell."""
+    if not len(tokens) == len(scores) == len(kinds):
+        raise Refused("the tokenizer has %d tokens, %d scores, %d kinds" % (len(tokens), len(scores), len(kinds)))
+    taken = {}
+    for token, (text, kind) in enumerate(zip(tokens, kinds)):
+        byte = byte_token(text) if kind == builder.BYTE else None
+        if kind == builder.BYTE and byte is None:
+            raise Refused("the byte token %r does not name a byte" % text)
+        piece = text.replace(SPACE, " ").encode("utf-8", "surrogateescape") if byte is None else bytes([byte])
+        if kind in (builder.NORMAL, builder.USER_TOKEN) and taken.setdefault(piece, token) != token:
+            kind = builder.UNUSED
+        builder.piece(token, piece, kind)
+        if kind in (builder.CONTROL_TOKEN, builder.USER_TOKEN, builder.UNKNOWN):
+            builder.added.add(token)
+    builder.scores = list(scores) + [0.0] * (len(builder.pieces) - len(tokens))
+    builder.meta["tokenizer.symbols"] = "chars"
+    if unknown is not None and 0 <= unknown < len(tokens):
+        builder.meta["tokenizer.unknown"] = str(unknown)
+    builder.flag("fuse_unknown", True)
+    builder.flag("ignore_merges", False)
+    builder.flag("strip_space", prefix)
+    builder.replace(" ", SPACE)
+    if prefix:
+        builder.prepend(" ", prefix)
+
+
+def protobuf_fields(data):
+    """The fields of a protocol buffer message: (number, value), with bytes for what has a length."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        number = shift = 0
+        while shift < 70:
+            byte = data[at]
+            at += 1
+            number |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return number
+        raise IndexError
+
+    try:
+        while at < len(data):
+            key = varint()
+            if key & 7 == 0:
+                value = varint()
+            else:
+                size = {1: 8, 5: 4}.get(key & 7)
+                size = varint() if key & 7 == 2 else size
+                value, at = data[at:at + size], at + size
+                if at > len(data):
+                    raise IndexError
+            yield key >> 3, value
+    except (IndexError, TypeError):
+        raise Refused("the tokenizer.model is damaged at byte %d" % at)
+
+
+def tokenizer_from_spm(data, vocab_size, config=None, special=None):
+    """A SentencePiece model (tokenizer.model)."""
+    config, special = config or {}, special or {}
+    tokens, scores, kinds, trainer, normalizer = [], [], [], {}, {}
+    for number, value in protobuf_fields(data):
+        if not isinstance(value, bytes):
+            continue
+        if number == 1:
+            piece = dict(protobuf_fields(value))
+            tokens.append(bytes(piece.get(1, b"")).decode("utf-8", "surrogateescape"))
+            scores.append(struct.unpack("<f", bytes(piece.get(2, b"\0\0\0\0")).ljust(4, b"\0")[:4])[0])
+            kinds.append(piece.get(3, 1))
+        elif number in (2, 3):
+            (trainer if number == 2 else normalizer).update(protobuf_fields(value))
+    if not tokens or any(k not in range(1, 7) for k in kinds):
+        raise Refused("the tokenizer.model is no SentencePiece model")
+    if trainer.get(3, 1) != 2:
+        raise Refused("the tokenizer.model is of the kind %s; only BPE is supported"
+                      % {1: "unigram", 3: "word", 4: "char"}.get(trainer.get(3, 1), "unknown"))
+    for setting, name in ((normalizer.get(2), "a character map"), (normalizer.get(4, 1), "remove_extra_whitespaces"),
+                          (trainer.get(24), "treat_whitespace_as_suffix")):
+        if setting:
+            raise Refused("the tokenizer.model uses %s, which is not supported" % name)
+    if not normalizer.get(5, 1):
+        raise Refused("the tokenizer.model does not escape white space, which is not supported")
+    builder = TokenizerBuilder(vocab_size)
+    score_tokenizer(builder, tokens, scores, kinds, trainer.get(40, 0), 3 if normalizer.get(3, 1) else 0)
+    if builder.USER_TOKEN in kinds:  # found in the text after its spaces are settled
+        builder.steps.append([4, 0])
+        builder.pieces = [(data, kind | 0x80 * (kind == builder.USER_TOKEN)) for data, kind in builder.pieces]
+    builder.special = {}
+    ids = {text: token for token, text in enumerate(tokens)}
+    builder.meta["token.add_bos"] = "1"
+    for key, name, token in (("token.bos", "bos_token", trainer.get(41, 1)), ("token.eos", "eos_token", trainer.get(42, 2))):
+        if token < len(tokens) and kinds[token] == builder.CONTROL_TOKEN:
+            builder.meta[key] = str(token)
+            if name not in config and name not in special:
+                builder.special[name] = tokens[token]
+    set_special(builder, config, special, ids)
+    return builder.finish()
 
 
 def tokenizer_from_llama2c(data, vocab_size):
-    return None
+    """llama2.c's tokenizer.bin: the longest token's length, then score, length, bytes of each token."""
+    tokens, scores, kinds, at = [], [], [], 4
+    while at < len(data) and len(tokens) < vocab_size:
+        if at + 8 > len(data):
+            raise Refused("the tokenizer file ends inside token %d" % len(tokens))
+        score, length = struct.unpack_from("<fi", data, at)
+        if length < 0 or at + 8 + length > len(data):
+            raise Refused("the tokenizer file ends inside token %d" % len(tokens))
+        text = data[at + 8:at + 8 + length].decode("utf-8", "surrogateescape")
+        at += 8 + length
+        if len(tokens) < 3:  # its writer put line ends around <s> and </s>
+            text = ["<unk>", "<s>", "</s>"][len(tokens)]
+        kinds.append(2 if not tokens else 3 if len(tokens) < 3 else 6 if byte_token(text) is not None else 1)
+        tokens.append(text)
+        scores.append(score)
+    if at != len(data) or len(tokens) != vocab_size:
+        raise Refused("the tokenizer file holds %s tokens than the %d of the model"
+                      % ("more" if at < len(data) else "fewer", vocab_size))
+    builder = TokenizerBuilder(vocab_size)
+    score_tokenizer(builder, tokens, scores, kinds, 0, 7)
+    builder.meta.update({"token.bos": "1", "token.add_bos": "1", "token.eos": "1 2"})  # it stops at either
+    builder.special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return builder.finish()
+
+
+WORDS_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                 r"\s*[\r\n]+|\s+(?!\S)|\s+")
+CASED_PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ENDING|"
+                 r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*ENDING|\p{N}DIGITS|"
+                 r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+    "Ὗ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤ"
+    "Ⳬ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ\U00010400-\U0001044f\U000104b0-\U000104d3"
+    "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
+    "\U0001e900-\U0001e943")
+
+
+def gguf_patterns(name):
+    """A GGUF file's tokenizer.ggml.pre -> (regular expressions, ignore_merges, add_bos, NFC). The expressions are
+    those of the models' own tokenizer.json files where llama.cpp's are a translation of them."""
+    def words(digits):
+        return WORDS_PATTERN.replace("DIGITS", digits)
+
+    cased = CASED_PATTERN.replace("ENDING", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("DIGITS", "{1,3}")
+    deepseek = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+                r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    falcon = [r"[\p{P}\$\+<=>\^~\|`]+", GPT2_PATTERN, "[0-9][0-9][0-9]"]
+    table = [
+        ("gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert exaone4 jais"
+         " trillion granite-docling", [GPT2_PATTERN], 0, 0, 0),
+        ("mpt olmo", [GPT2_PATTERN], 0, 0, 1),
+        ("default", [r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"], 0, 0, 0),
+        ("falcon", falcon, 0, 0, 0),
+        ("starcoder refact smollm codeshell exaone minerva-7b mellum2", [r"\p{N}", GPT2_PATTERN], 0, 0, 0),
+        ("command-r", [r"\p{N}", GPT2_PATTERN], 0, 0, 1),
+        ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2", [words("{1,3}")], 1, 1, 0),
+        ("dbrx smaug-bpe chatglm-bpe", [words("{1,3}")], 0, 0, 0),
+        ("glm4 glm5", [words("{1,3}")], 1, 0, 0),
+        ("qwen2", [words("")], 0, 0, 1),  # llama.cpp leaves NFC out; the model's tokenizer has it
+        ("deepseek-r1-qwen megrez hunyuan solar-open stablelm2 grok-2", [words("")], 0, 0, 0),
+        ("deepseek-llm", [r"[\r\n]", r"\s?[%s]+" % DEEPSEEK_LETTERS,
+                          r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", r"[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}+"], 0, 0, 0),
+        ("deepseek-coder", [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"], 0, 0, 0),
+        ("deepseek-v3 hunyuan-dense joyai-llm", [r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", deepseek], 0, 0, 0),
+        ("tekken", [CASED_PATTERN.replace("ENDING", "").replace("DIGITS", "")], 1, 1, 0),
+        ("gpt-4o llama4 kanana2", [cased], 0, 0, 0),
+    ]
+    for names, patterns, ignore_merges, add_bos, nfc in table:
+        if name in names.split():
+            return patterns, ignore_merges, add_bos, nfc
+    raise Refused("the GGUF file names the pre-tokenizer %r, which export.py does not know" % name)
+
+
+def tokenizer_from_gguf(kv, vocab_size):
+    """The tokenizer of a GGUF file; `kv`: its metadata as Python values."""
+    def text(value):
+        return value.decode("utf-8", "surrogateescape") if isinstance(value, (bytes, bytearray)) else value
+
+    def get(key, kind, default=None):
+        value = text(kv.get("tokenizer.ggml." + key, default))
+        if value is not default and not isinstance(value, kind):
+            raise Refused("tokenizer.ggml.%s is not of the type it must have" % key)
+        return value
+
+    model, tokens = get("model", str, ""), [text(t) for t in get("tokens", list, [])]
+    if model not in ("llama", "gpt2"):
+        raise Refused("the GGUF file has a tokenizer of the kind %r; llama and gpt2 are supported" % model)
+    if not tokens or not all(isinstance(t, str) for t in tokens):
+        raise Refused("tokenizer.ggml.tokens is not a list of strings")
+    count, builder = len(tokens), TokenizerBuilder(vocab_size)
+    kinds = [k or 1 for k in get("token_type", list, [1] * count)]
+    if len(kinds) != count or any(k not in range(1, 7) for k in kinds):
+        raise Refused("tokenizer.ggml.token_type does not fit the %d tokens" % count)
+    unknown, add_bos = get("unknown_token_id", int), True
+    if model == "llama":
+        scores = get("scores", list, [0.0] * count)
+        if not all(isinstance(s, (int, float)) and s == s for s in scores):
+            raise Refused("tokenizer.ggml.scores is not a list of numbers")
+        score_tokenizer(builder, tokens, scores, kinds, 0 if unknown is None else unknown,
+                        7 if get("add_space_prefix", bool, True) else 0)
+        if get("remove_extra_whitespaces", bool, False):
+            raise Refused("the GGUF file's tokenizer uses remove_extra_whitespaces, which is not supported")
+    else:
+        patterns, ignore_merges, add_bos, nfc = gguf_patterns(get("pre", str, "default"))
+        if nfc:
+            builder.steps.append([3, 0])
+            builder.nfc = True
+        for pattern in patterns:
+            builder.split(pattern, "isolated")
+        for key, value in (("fuse_unknown", 0), ("ignore_merges", ignore_merges), ("strip_space", 0)):
+            builder.flag(key, value)
+        alphabet, taken, ids = byte_alphabet(), {}, {}
+        for token, (word, kind) in enumerate(zip(tokens, kinds)):
+            if kind in (1, 6) and all(c in alphabet for c in word):
+                piece, kind = bytes(alphabet[c] for c in word), 1
+                kind = 1 if taken.setdefault(piece, token) == token else 5
+            else:
+                piece, kind = word.encode("utf-8", "surrogateescape"), 5 if kind in (1, 6) else kind
+            builder.piece(token, piece, kind)
+            ids.setdefault(word, token)
+            if kind in (2, 3, 4):
+                builder.added.add(token)
+        merges = []
+        for merge in get("merges", list, []):
+            merge = text(merge)
+            cut = merge.find(" ", 1) if isinstance(merge, str) else -1
+            if cut < 0:
+                raise Refused("tokenizer.ggml.merges holds %r, which is no pair" % (merge,))
+            merges.append((merge[:cut], merge[cut + 1:]))
+        set_merges(builder, merges, ids, False)
+    stated = get("add_bos_token", bool)
+    bos, eos = get("bos_token_id", int, 1 if model == "llama" else None), get("eos_token_id", int)
+    builder.meta["token.add_bos"] = str(int((add_bos if stated is None else stated) and bos is not None))
+    if bos is not None and 0 <= bos < count:
+        builder.meta["token.bos"], builder.special["bos_token"] = str(bos), tokens[bos]
+    ends = [eos if eos is not None or model != "llama" else 2, get("eot_token_id", int), get("eom_token_id", int)]
+    ends = [e for i, e in enumerate(ends) if e is not None and 0 <= e < count and e not in ends[:i]]
+    if ends:
+        builder.meta["token.eos"] = " ".join(map(str, ends))
+        builder.special["eos_token"] = tokens[ends[0]]
+    if unknown is not None and 0 <= unknown < count:
+        builder.special["unk_token"] = tokens[unknown]
+    return builder.finish()
+
+
+# ---- Chat --------------------------------------------------------------------------------------------------------
+# A published model carries its chat format as a program, a Jinja template; run.c carries it as a few strings
+# (render_format below is the whole rule). The exporter runs the program on a conversation of marker texts,
+# reads the strings off between the markers, and then compares both on many other conversations: a template
+# that writes anything else anywhere is refused.
+#
+# ChatTemplate interprets the part of Jinja that such templates use, as transformers sets it up (trim_blocks
+# and lstrip_blocks, loop controls, `generation`, tojson; strftime_now is not offered: what a model is told
+# must not depend on the day of its export). It reaches nothing but the values it was given, changes nothing
+# but namespaces, and pays for every step from one purse, so no template can hang it or eat the memory.
+
+CHAT_STEPS, CHAT_TEXT = 300000, 1 << 18                # the purse; the longest string
+CHAT_TOKEN = re.compile(r"""\s+|(?P<float>\d+\.\d+)|(?P<int>\d+)|(?P<name>[^\W\d]\w*)
+    |(?P<op>//|[=!<>]=|[-+*/%~<>=()\[\]{}.,:|])
+    |(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.S | re.X)
+CHAT_ENDS = {"%": r"-%\}\s*|\+%\}|%\}\n?", "{": r"-\}\}\s*|\}\}", "#": r"-#\}\s*|\+#\}|#\}\n?"}
+CHAT_LEVELS = (("or",), ("and",), (), ("==", "!=", "<", "<=", ">", ">=", "in", "not in"), ("+", "-"), ("~",),
+               ("*", "/", "//", "%"))
+CHAT_METHODS = {dict: ("items", "keys", "values", "get"), str: (
+    "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace", "upper", "lower", "title",
+    "capitalize", "find", "count", "join")}
+CHAT_UNOFFERED = ("varargs", "kwargs", "caller", "self", "lipsum", "cycler", "joiner")  # Jinja has them
+
+
+def chat_refuse(what, *values):
+    raise Refused("the chat template " + (what % values if values else what))
+
+
+class ChatRaised(Refused):
+    """The template itself called raise_exception."""
+
+
+class ChatUndefined:
+    def __bool__(self): return False
+    def __str__(self): return ""
+    def __iter__(self): return iter(())
+    def __len__(self): return 0
+
+
+class ChatNames:
+    """namespace(...) and `loop`: named values, the only thing that a template can change."""
+    def __init__(self, **names): self.names = names
+
+
+class ChatFunction:
+    def __init__(self, call): self.call = call
+
+
+CHAT_UNDEFINED = ChatUndefined()
+CHAT_CONTAINERS = (str, dict, list, tuple, ChatUndefined)
+CHAT_TESTS = {
+    "defined": lambda v: v is not CHAT_UNDEFINED, "undefined": lambda v: v is CHAT_UNDEFINED,
+    "none": lambda v: v is None, "true": lambda v: v is True, "false": lambda v: v is False,
+    "string": lambda v: isinstance(v, str), "mapping": lambda v: isinstance(v, dict),
+    "iterable": lambda v: isinstance(v, CHAT_CONTAINERS),
+    "sequence": lambda v: isinstance(v, CHAT_CONTAINERS),
+    "number": lambda v: isinstance(v, (int, float)), "integer": lambda v: type(v) is int,
+    "float": lambda v: isinstance(v, float), "boolean": lambda v: isinstance(v, bool),
+    "odd": lambda v: v % 2 == 1, "even": lambda v: v % 2 == 0, "divisibleby": lambda v, n: v % n == 0}
+CHAT_TEST_OPERATORS = {"equalto": "==", "eq": "==", "==": "==", "ne": "!=", "lt": "<", "gt": ">", "le": "<=",
+                       "ge": ">=", "in": "in"}
+CHAT_OPERATORS = {
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.floordiv,
+    "%": operator.mod, "in": lambda a, b: a in b, "not in": lambda a, b: a not in b}
+
+
+class ChatTemplate:
+    """A compiled template. Expressions become functions of the scope (a dict), statements functions of scope
+    and output; a statement returns "break" or "continue" to leave the loop that it is in."""
+
+    def __init__(self, source):
+        if len(source) > 1 << 15:
+            chat_refuse("is longer than 32768 characters")
+        self.steps, self.size, self.literals = CHAT_STEPS, 0, {}
+        self.at, self.tokens, self.next, self.end = 0, [], 0, ""
+        self.parts = self.lex(source)
+        self.body = self.guarded(lambda: self.block(()))
+
+    def render(self, messages, special, add_generation_prompt=True):
+        """What transformers' apply_chat_template gives."""
+        scope = {name: text for name, text in special.items() if text is not None}
+        scope.update(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+                     raise_exception=ChatFunction(self.raised), range=ChatFunction(self.range),
+                     namespace=ChatFunction(ChatNames), dict=ChatFunction(dict))
+        self.size, out = 0, []
+        self.guarded(lambda: self.run(self.body, scope, out))
+        return "".join(out)
+
+    def guarded(self, work):
+        try:
+            return work()
+        except RecursionError:
+            chat_refuse("is nested too deeply")
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            chat_refuse("fails: %s", error)
+
+    def spend(self, steps):
+        self.steps -= 1 + steps
+        if self.steps < 0:
+            chat_refuse("takes too long")
+
+    def raised(self, message=""):
+        raise ChatRaised("the chat template says: %s" % message)
+
+    def range(self, *bounds):
+        self.spend(len(range(*bounds)))
+        return list(range(*bounds))
+
+    # -- Words: text, {{ }} and {% %} parts, white space control done
+
+    def lex(self, source):
+        source, parts, at, line_start = re.sub("\r\n?", "\n", source), [], 0, True
+        source = source[:-1] if source.endswith("\n") else source
+        while True:
+            tag = re.compile(r"\{([%{#])([-+]?)").search(source, at)
+            text = source[at:tag.start()] if tag else source[at:]
+            if tag and tag.group(2) == "-":
+                text = text.rstrip()
+            elif tag and tag.group(0) in ("{%", "{#"):
+                line = text.rfind("\n") + 1
+                text = text[:line] if (line or line_start) and not text[line:].strip() else text
+            parts += [("text", text)] if text else []
+            if not tag:
+                return parts
+            kind, at, depth, tokens = tag.group(1), tag.end(), 0, []
+            end = re.compile(CHAT_ENDS[kind])
+            stop = end.search(source, at) if kind == "#" else end.match(source, at)
+            while kind != "#" and not (stop and depth <= 0):
+                word = CHAT_TOKEN.match(source, at)
+                if not word:
+                    break
+                at = word.end()
+                tokens += [(word.lastgroup, word.group())] if word.lastgroup else []
+                depth += (word.group() in ("[", "{", "(")) - (word.group() in ("]", "}", ")"))
+                stop = end.match(source, at)
+            if not stop:
+                chat_refuse("has an unfinished or unreadable tag: %r", source[tag.start():][:40])
+            at = stop.end()
+            line_start = source[at - 1] == "\n"
+            parts += [(kind, tokens + [("end", "the end of the tag")])] if kind != "#" else []
+
+    def peek(self, *words):
+        return self.tokens[self.next][0] in ("name", "op") and self.tokens[self.next][1] in words
+
+    def word(self, *words):
+        """The next token if it is one of these, else None."""
+        if self.peek(*words):
+            self.next += 1
+            return self.tokens[self.next - 1][1]
+
+    def need(self, what):
+        kind, text = self.tokens[self.next]
+        if what not in (kind, text):
+            chat_refuse("has %s where it should have %s", text, what)
+        self.next += kind != "end"
+        return text
+
+    def listed(self, close, item):
+        """Items separated by commas, up to the closing bracket."""
+        values = []
+        while not self.word(close):
+            values.append(item())
+            if not self.peek(close):
+                self.need(",")
+        return values
+
+    # -- Statements
+
+    def block(self, ends):
+        body = []
+        while self.at < len(self.parts):
+            kind, value = self.parts[self.at]
+            self.at += 1
+            if kind == "text":
+                body.append(lambda scope, out, text=value: self.write(out, text))
+                continue
+            self.tokens, self.next = value, 0
+            if kind == "{":
+                body.append(self.output(self.expression()))
+            else:
+                name = self.need("name")
+                if name in ends:
+                    self.end = name
+                    return body
+                if name not in ("if", "for", "set", "macro", "generation", "break", "continue"):
+                    chat_refuse("uses the statement %r", name)
+                body.append(getattr(self, "parse_" + name)())
+            self.need("end")
+        if ends:
+            chat_refuse("lacks %r", ends[-1])
+        return body
+
+    def output(self, value):
+        return lambda scope, out: self.write(out, self.text(value(scope)))
+
+    def inner(self, *ends):
+        self.need("end")
+        return self.block(ends)
+
+    def run(self, body, scope, out):
+        self.spend(len(body))
+        for statement in body:
+            leave = statement(scope, out)
+            if leave:
+                return leave
+
+    def capture(self, body, scope):
+        out, size = [], self.size
+        self.run(body, scope, out)
+        self.size = size
+        return "".join(out)
+
+    def write(self, out, text):
+        self.size += len(text)
+        self.spend(len(text) >> 6)
+        if self.size > CHAT_TEXT:
+            chat_refuse("writes too much")
+        out.append(text)
+
+    def bind(self, scope, names, value):
+        values = self.items(value) if len(names) > 1 else [value]
+        if len(values) != len(names):
+            chat_refuse("unpacks %d values into %d names", len(values), len(names))
+        scope.update(zip(names, values))
+        return scope
+
+    def parse_break(self):
+        return lambda scope, out: "break"
+
+    def parse_continue(self):
+        return lambda scope, out: "continue"
+
+    def parse_generation(self):
+        body = self.inner("endgeneration")
+        return lambda scope, out: self.run(body, dict(scope), out)
+
+    def parse_if(self):
+        branches, self.end = [], "elif"
+        while self.end == "elif":
+            test = self.expression()
+            branches.append((test, self.inner("elif", "else", "endif")))
+        branches.append((lambda scope: True, self.inner("endif") if self.end == "else" else []))
+        return lambda scope, out: self.run(next(body for test, body in branches if test(scope)), scope, out)
+
+    def names(self):
+        names = [self.need("name")]
+        while self.word(","):
+            names.append(self.need("name"))
+        return names
+
+    def parse_for(self):
+        names = self.names()
+        self.need("in")
+        items, test = self.binary(0), self.expression() if self.word("if") else None
+        body = self.inner("else", "endfor")
+        other = self.inner("endfor") if self.end == "else" else []
+
+        def loop(scope, out):
+            values = self.items(items(scope))
+            self.spend(len(values) * (4 + len(scope) // 8))
+            values = [v for v in values if not test or test(self.bind(dict(scope), names, v))]
+            count, around = len(values), [CHAT_UNDEFINED] + values + [CHAT_UNDEFINED]
+            for i, value in enumerate(values):
+                place = ChatNames(index=i + 1, index0=i, revindex=count - i, revindex0=count - i - 1, length=count,
+                                  first=i == 0, last=i == count - 1, previtem=around[i], nextitem=around[i + 2])
+                if self.run(body, self.bind(dict(scope, loop=place), names, value), out) == "break":
+                    break
+            return None if values else self.run(other, scope, out)
+        return loop
+
+    def parse_set(self):
+        names = self.names()
+        field = self.need("name") if self.word(".") else None
+        value = self.expression(True) if self.word("=") else None
+        body = None if value else self.inner("endset")
+
+        def assign(scope, out):
+            result = value(scope) if value else self.capture(body, dict(scope))
+            if field is None:
+                self.bind(scope, names, result)
+            elif isinstance(scope.get(names[0]), ChatNames):
+                scope[names[0]].names[field] = result
+            else:
+                chat_refuse("sets %s.%s, which is not a namespace's", names[0], field)
+        return assign
+
+    def parse_macro(self):
+        name, _ = self.need("name"), self.need("(")
+        params = self.listed(")", lambda: (self.need("name"), self.expression() if self.word("=") else None))
+        params, body = dict(params), self.inner("endmacro")
+
+        def define(scope, out):
+            def call(*values, **named):
+                self.spend(4 + len(scope) // 8)
+                given, local = dict(zip(params, values), **named), dict(scope)
+                if len(given) != len(values) + len(named) or set(given) - set(params):
+                    chat_refuse("calls its macro %r with other arguments", name)
+                for p, default in params.items():
+                    local[p] = given[p] if p in given else default(local) if default else CHAT_UNDEFINED
+                return self.capture(body, local)
+            scope[name] = ChatFunction(call)
+        return define
+
+    # -- Expressions
+
+    def expression(self, tuples=False):
+        value = self.binary(0)
+        while self.word("if"):
+            value = self.either(self.binary(0), value, self.expression() if self.word("else") else None)
+        if tuples and self.peek(","):
+            values = [value]
+            while self.word(","):
+                values.append(self.expression())
+            return lambda scope: self.weighed(tuple([v(scope) for v in values]))
+        return value
+
+    def either(self, test, yes, no):
+        return lambda scope: yes(scope) if test(scope) else no(scope) if no else CHAT_UNDEFINED
+
+    def binary(self, level):
+        if level == 2 and self.word("not"):
+            inner = self.binary(2)
+            return lambda scope: not inner(scope)
+        if level == len(CHAT_LEVELS):
+            return self.unary()
+        left, compared = self.binary(level + 1), False
+        while True:
+            negated = level == 3 and self.tokens[self.next:][1:2] == [("name", "in")] and self.word("not")
+            op = self.word(*CHAT_LEVELS[level])
+            if not op:
+                return left
+            if compared:
+                chat_refuse("chains comparisons")
+            left = self.joined("not in" if negated else op, left, self.binary(level + 1))
+            compared = level == 3
+
+    def joined(self, op, a, b):
+        if op in ("and", "or"):
+            return (lambda s: a(s) and b(s)) if op == "and" else (lambda s: a(s) or b(s))
+        return lambda scope: self.operate(op, a(scope), b(scope))
+
+    def unary(self):
+        if self.word("-"):
+            inner = self.postfix(self.primary())
+            return lambda scope: self.operate("-", 0, inner(scope))
+        value = self.postfix(self.primary())
+        while True:
+            if self.word("|"):
+                value = self.applied(self.filter, self.need("name"), value, *self.arguments())
+            elif self.word("is"):
+                rule, name = self.test_not if self.word("not") else self.test, self.need("name")
+                args = self.arguments()
+                if self.tokens[self.next][0] in ("name", "string", "int", "float") and not self.peek(
+                        "else", "or", "and", "if", "is", "not", "in"):
+                    args = ([self.postfix(self.primary())], {})
+                value = self.applied(rule, name, value, *args)
+            else:
+                return value
+
+    def applied(self, rule, name, value, args=(), named=()):
+        named = dict(named)
+        return lambda s: rule(name, value(s), *[a(s) for a in args], **{k: v(s) for k, v in named.items()})
+
+    def arguments(self):
+        def argument():
+            named = self.tokens[self.next][0] == "name" and self.tokens[self.next + 1][1] == "="
+            return (self.need("name"), self.need("="))[0] if named else None, self.expression()
+        args = self.listed(")", argument) if self.word("(") else []
+        return [value for name, value in args if not name], {name: value for name, value in args if name}
+
+    def primary(self):
+        kind, text = self.tokens[self.next]
+        self.next += kind != "end"
+        if kind == "string":
+            value = text[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+            self.literals[value] = None
+            return lambda scope: value
+        if kind in ("int", "float"):
+            value = float(text) if kind == "float" else self.weighed(int(text[:30]))
+            return lambda scope: value
+        if kind == "name" and text in ("true", "True", "false", "False", "none", "None"):
+            return lambda scope: {"t": True, "f": False, "n": None}[text[0].lower()]
+        if kind == "name":
+            return lambda scope: self.lookup(scope, text)
+        if text == "[":
+            values = self.listed("]", self.expression)
+            return lambda scope: self.weighed([v(scope) for v in values])
+        if text == "{":
+            pairs = self.listed("}", lambda: (self.expression(), self.need(":"), self.expression()))
+            return lambda scope: self.weighed({k(scope): v(scope) for k, _, v in pairs})
+        if text == "(":
+            value = self.expression(True)
+            self.need(")")
+            return value
+        chat_refuse("has %s where a value should be", text)
+
+    def postfix(self, value):
+        while True:
+            name = self.tokens[self.next - 1][1]
+            if self.word("."):
+                number = self.tokens[self.next][0] == "int"
+                value = self.applied(self.item, int(self.need("int")[:9]), value) if number else self.applied(
+                    self.member, self.need("name"), value)
+            elif self.word("["):
+                bounds = [None if self.peek(":") else self.expression()]
+                while self.word(":"):
+                    bounds.append(None if self.peek(":", "]") else self.expression())
+                self.need("]")
+                value = self.subscript(value, bounds)
+            elif self.peek("("):
+                value = self.applied(self.call, name, value, *self.arguments())
+            else:
+                return value
+
+    def subscript(self, value, bounds):
+        if len(bounds) == 1:
+            return lambda scope: self.item(bounds[0](scope), value(scope))
+        return lambda scope: self.weighed(value(scope)[slice(*[b(scope) if b else None for b in bounds])])
+
+    # -- Values: whatever can grow is weighed
+
+    def weighed(self, value, depth=0):
+        """The same value, its size paid for; too large or too deep is refused."""
+        if isinstance(value, (list, tuple, dict)):
+            self.spend(len(value))
+            if depth > 8:
+                chat_refuse("nests its values too deeply")
+            for v in value.values() if isinstance(value, dict) else value:
+                self.weighed(v, depth + 1)
+        elif isinstance(value, str):
+            self.spend(len(value) >> (2 if depth else 6))
+        if isinstance(value, str) and len(value) > CHAT_TEXT or isinstance(value, int) and abs(value) >> 63:
+            chat_refuse("makes too large a value")
+        return value
+
+    def text(self, value):
+        if isinstance(value, (ChatNames, ChatFunction)):
+            chat_refuse("writes a function or a namespace")
+        return value if isinstance(value, str) else self.weighed(str(self.weighed(value)))
+
+    def items(self, value):
+        if not isinstance(value, CHAT_CONTAINERS):
+            chat_refuse("goes through a value that is no list")
+        self.spend(len(value))
+        return list(value)
+
+    def lookup(self, scope, name):
+        self.spend(0)
+        if name in CHAT_UNOFFERED and name not in scope:
+            chat_refuse("uses the name %r", name)
+        return scope.get(name, CHAT_UNDEFINED)
+
+    def member(self, name, value):
+        self.spend(0)
+        if isinstance(value, ChatNames):
+            return value.names.get(name, CHAT_UNDEFINED)
+        if value is CHAT_UNDEFINED or name.startswith("_"):
+            chat_refuse("asks for %r of a value that has none", name)
+        if name in CHAT_METHODS.get(type(value), ()):
+            return ChatFunction(lambda *args, **named: self.method(value, name, *args, **named))
+        if hasattr(type(value), name):
+            chat_refuse("uses the method %r", name)
+        return value.get(name, CHAT_UNDEFINED) if isinstance(value, dict) else CHAT_UNDEFINED
+
+    def item(self, key, value):
+        self.spend(0)
+        if isinstance(value, dict) and key in value:
+            return value[key]
+        if isinstance(value, (list, tuple, str)) and isinstance(key, int):
+            return value[key] if -len(value) <= key < len(value) else CHAT_UNDEFINED
+        return self.member(key, value) if isinstance(key, str) or value is CHAT_UNDEFINED else CHAT_UNDEFINED
+
+    def call(self, name, function, /, *args, **named):
+        if not isinstance(function, ChatFunction):
+            chat_refuse("needs the function %r", name)
+        return self.weighed(function.call(*args, **named))
+
+    def method(self, value, name, /, *args, **named):
+        if isinstance(value, dict):
+            result = getattr(value, name)(*args, **named)
+            return result if name == "get" else list(result)
+        if name == "join":
+            return self.filter_join(*args, between=value)
+        sizes = [len(a) for a in args if isinstance(a, (str, tuple))] or [1]
+        self.spend(len(value) * sum(sizes) >> 10)
+        if name == "replace" and value.count(args[0]) * sizes[-1] > CHAT_TEXT:
+            chat_refuse("makes too large a value")
+        return self.weighed(getattr(value, name)(*args, **named))
+
+    def operate(self, op, a, b):
+        self.spend(0)
+        if op == "~":
+            return self.weighed(self.text(a) + self.text(b))
+        kinds = {int if isinstance(v, (int, float)) else type(v) for v in (a, b)}
+        if op in ("-", "*", "/", "//", "%") and kinds != {int} and not (
+                op == "*" and isinstance(a, str) and isinstance(b, int) and len(a) * b <= CHAT_TEXT):
+            chat_refuse("uses %r on values that are no numbers", op)
+        if kinds & {dict, list, tuple}:
+            self.weighed(a), self.weighed(b)
+        if op in ("in", "not in") and kinds == {str}:
+            self.spend(len(a) * len(b) >> 10)
+        return self.weighed(CHAT_OPERATORS[op](a, b))
+
+    def test(self, name, value, *args):
+        self.spend(0)
+        if name in CHAT_TEST_OPERATORS:
+            return self.operate(CHAT_TEST_OPERATORS[name], value, *args)
+        if name not in CHAT_TESTS:
+            chat_refuse("uses the test %r", name)
+        return CHAT_TESTS[name](value, *args)
+
+    def test_not(self, name, value, *args):
+        return not self.test(name, value, *args)
+
+    def filter(self, name, value, /, *args, **named):
+        rule = getattr(self, "filter_" + {"count": "length", "d": "default"}.get(name, name), None)
+        if rule is None:
+            chat_refuse("uses the filter %r", name)
+        return self.weighed(rule(value, *args, **named))
+
+    def filter_length(self, value): return len(value)
+    def filter_string(self, value): return self.text(value)
+    def filter_upper(self, value): return self.text(value).upper()
+    def filter_lower(self, value): return self.text(value).lower()
+    def filter_capitalize(self, value): return self.text(value).capitalize()
+    def filter_trim(self, value, chars=None): return self.method(self.text(value), "strip", chars)
+    def filter_replace(self, value, old, new): return self.method(self.text(value), "replace", old, new)
+    def filter_list(self, value): return self.items(value)
+    def filter_first(self, value): return (self.items(value) + [CHAT_UNDEFINED])[0]
+    def filter_last(self, value): return ([CHAT_UNDEFINED] + self.items(value))[-1]
+    def filter_items(self, value): return list(value.items()) if value else []
+    def filter_reverse(self, value): return value[::-1] if isinstance(value, str) else self.items(value)[::-1]
+    def filter_select(self, value, *test): return self.chosen(value, None, True, *test)
+    def filter_reject(self, value, *test): return self.chosen(value, None, False, *test)
+    def filter_selectattr(self, value, key, *test): return self.chosen(value, key, True, *test)
+    def filter_rejectattr(self, value, key, *test): return self.chosen(value, key, False, *test)
+
+    def chosen(self, values, key, wanted, test=None, *args):
+        pick = (lambda v: v) if key is None else (lambda v: self.item(key, v))
+        keep = (lambda v: self.test(test, v, *args)) if test else bool
+        return [v for v in self.items(values or ()) if bool(keep(pick(v))) == wanted]
+
+    def filter_map(self, values, name=None, /, *args, **named):
+        if name is None:
+            return [self.item(named["attribute"], v) for v in self.items(values or ())]
+        return [self.filter(name, v, *args, **named) for v in self.items(values or ())]
+
+    def filter_default(self, value, other="", boolean=False):
+        return other if value is CHAT_UNDEFINED or boolean and not value else value
+
+    def filter_title(self, value):
+        return "".join(w[:1].upper() + w[1:].lower() for w in re.split(r"([-\s({\[<]+)", self.text(value)))
+
+    def filter_int(self, value, default=0):
+        unreadable = isinstance(value, str) and not re.fullmatch(r"\s*[-+]?\d{1,18}\s*", value)
+        return default if unreadable else int(value)
+
+    def filter_join(self, values, between="", attribute=None):
+        words = [self.text(v if attribute is None else self.item(attribute, v)) for v in self.items(values)]
+        if sum(map(len, words)) + len(words) * len(between) > CHAT_TEXT:
+            chat_refuse("makes too large a value")
+        return between.join(words)
+
+    def filter_indent(self, value, width=4, first=False, blank=False):
+        lines = self.text(value + "\n").splitlines()
+        pad = width if isinstance(width, str) else " " * min(width, 99)
+        if len(pad) * len(lines) > CHAT_TEXT:
+            chat_refuse("makes too large a value")
+        return "\n".join(pad + x if (i or first) and (x or blank) else x for i, x in enumerate(lines))
+
+    def filter_tojson(self, value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
+        self.spend(20 * len(self.text(value)))
+        if indent is not None and not (isinstance(indent, int) and indent < 17):
+            chat_refuse("indents JSON too far")
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+
+# -- The format, as strings
+
+def render_format(chat, messages):
+    """The rule of run.c: what a conversation becomes under chat.* metadata. An empty system text is none."""
+    def get(key):
+        return chat.get("chat." + key, "")
+
+    def strip(role, text):
+        return text.strip() if role in get("trim").split() else text
+
+    head = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    turns = [m for m in messages if m["role"] != "system"]
+    block = get("system.before") + strip("system", head or get("system.default")) + get("system.after")
+    block = block if head or "chat.system.default" in chat else ""
+    where = {"first": 0, "last": len(turns) - 1}.get(get("system.place"))   # the last turn is the user's
+    out = get("begin") + (block if get("system.place") == "start" else "")
+    for i, turn in enumerate(turns):
+        role, text = turn["role"], strip(turn["role"], turn["content"])
+        if role == "assistant" and get("think.end") and get("think.end") in text:
+            text = text.split(get("think.end"))[-1]
+            text = {"newlines": text.lstrip("\n"), "space": text.strip()}.get(get("think.trim"), text)
+        if role == "user":
+            text = strip("turn", block + text if i == where else text)
+        out += get(role + ".before") + text + get(role + ".after")
+    return out + get("generate")
+
+
+def chat_messages(system, *texts):
+    turns = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": system}] * bool(system) + turns
+
+
+def chat_cuts(text, special):
+    """Places where a fixed string may be cut in two: not inside of what looks like a control token."""
+    tokens = [re.escape(s) for s in special.values() if s] + [r"<[^<>\s]{1,60}>", r"\[/?[A-Z_]+\]"]
+    inside = {i for m in re.finditer("|".join(tokens), text) for i in range(m.start() + 1, m.end())}
+    return [i for i in range(len(text) + 1) if i not in inside]
+
+
+def chat_candidates(program, special, mark):
+    """Formats that agree with the template's rendering of marker texts, the tidiest first."""
+    system, texts = "Sy" + mark, ["%s%s%dz" % ("UA"[i % 2], mark, i) for i in range(5)]
+
+    def pieces(head, generate=True):
+        """What stands around the markers, and the markers in their order."""
+        text = program.render(chat_messages(head, *texts), special, generate)
+        found = re.findall("|".join(texts + [system]), text)
+        if [f for f in found if f != system] != texts or found.count(system) > 1:
+            chat_refuse("does not write every text once and in order")
+        return re.split("|".join(texts + [system]), text), found
+
+    def shared(*strings):
+        return next((i for i, c in enumerate(zip(*strings)) if len(set(c)) > 1), min(map(len, strings)))
+
+    plain = pieces(None)[0]
+    try:
+        full, order = pieces(system)
+    except ChatRaised:
+        full, order = [], []
+    place = order.index(system) if system in order else -1
+    try:
+        bare = pieces(None, False)[0][5]
+    except Refused:
+        bare = plain[5]
+    begin, between, join, last = plain[0], plain[1], plain[2], plain[5]
+    cut = max(i for i in chat_cuts(between, special) if i <= shared(bare, last, between))
+    closing = max(i for i in chat_cuts(join, special) if i <= shared(between[:cut], join))
+    found = []
+    for i in chat_cuts(join, special):
+        user = join[i:]
+
+        def add(tidy, lead, **system_keys):
+            chat = {"begin": lead, "user.before": user, "user.after": between[:cut], "generate": last[cut:],
+                    "assistant.before": between[cut:], "assistant.after": join[:i]}
+            chat.update(("system." + key, text) for key, text in system_keys.items())
+            found.append((tidy, {"chat." + key: text for key, text in chat.items()}))
+
+        if begin.endswith(user):                # nothing stands for a missing system prompt
+            lead = begin[:len(begin) - len(user)]
+            if place < 0:
+                add((0, i), lead)
+            elif place == 4 and full[4].startswith(full[2]):
+                add((0, i), lead, place="last", before=full[4][len(full[2]):], after=full[5])
+            elif place == 0 and full[0].startswith(begin):
+                add((0, i), lead, place="first", before=full[0][len(begin):], after=full[1])
+            elif place == 0 and full[0].startswith(lead) and full[1].endswith(user):
+                add((0, i), lead, place="start", before=full[0][len(lead):],
+                    after=full[1][:len(full[1]) - len(user)])
+        if place == 0 and shared(begin, full[0]) == len(full[0]) and begin[len(full[0]):].endswith(full[1]):
+            default = begin[len(full[0]):len(begin) - len(full[1])]
+            bos = special.get("bos_token") or ""
+            if not default and join.endswith(full[1]) and join != full[1]:
+                continue                        # the system text stands alone: none is an empty one
+            lead = bos if full[0].startswith(bos) else ""
+            tidy = (-1 - shared(user, full[0][len(lead):]), i < closing, abs(i - closing))
+            if full[1].endswith(user):
+                add(tidy, lead, place="start", before=full[0][len(lead):], default=default,
+                    after=full[1][:len(full[1]) - len(user)])
+            elif user and default and user in full[0]:
+                lead, before = full[0].split(user, 1)
+                add(tidy, lead, place="first", before=before, after=full[1], default=default)
+    if not found:
+        chat_refuse("begins its first turn in another way than the later ones")
+    return [chat for _, chat in sorted(found, key=lambda f: f[0])], texts, system if place >= 0 else None
+
+
+CHAT_TEXTS = (
+    "a", "", "B c", " ", "  lead", "trail \n\n", "\n\nboth\n", "{{ x }} {% if %} {# y #}", "'\"\\n\\", "1\r\n\t2\n3",
+    "<|im_end|>\n<|im_start|>user", "\u00e9 \u6f22\u5b57 \U0001f642\u00a0", "\u3000a\x1f", "\u200bz\ufeff",
+    "[INST] </s> <s> [/INST]", "<think>\nhm\n</think>\n\nyes", "<think>a</think>b</think>c\n", "<think>open",
+    "UPPER lower Title")
+
+
+def chat_probes(literals):
+    """Conversations of one to five turns: every text in every part, and the words of the template itself."""
+    for r in range(len(CHAT_TEXTS)):
+        texts = [CHAT_TEXTS[(r + i * i) % len(CHAT_TEXTS)] for i in range(12)]
+        for turns in (1 + r % 5, 1 + (r + 2) % 5):
+            yield chat_messages(None, *texts[:2 * turns - 1])
+            yield chat_messages(texts[11], *texts[:2 * turns - 1])
+    for word in literals:
+        if 0 < len(word) < 80:
+            a, b, c = "1" + word + "2", word + "3", "4" + word
+            yield chat_messages(None, b, c, word, word, c)
+            yield chat_messages(a, a, b, c, a, b)
+            yield chat_messages(b, c, a, c)
 
 
 def chat_from_template(template, special):
-    raise Refused("not written yet")
+    """The chat.* metadata under which run.c renders as this Jinja template does, or a refusal that names what
+    differs. special: the texts of bos_token, eos_token and so on."""
+    program = ChatTemplate(template)
+    mark = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    chats, texts, system = chat_candidates(program, special, mark)
+
+    def difference(chat, messages):
+        want, have = program.render(messages, special), render_format(chat, messages)
+        if want != have:
+            at = next((i for i, (a, b) in enumerate(zip(want, have)) if a != b), min(len(want), len(have)))
+            return "the chat template writes %r where fixed strings around the texts give %r (%d messages)" % (
+                want[max(0, at - 12):at + 24], have[max(0, at - 12):at + 24], len(messages))
+
+    def agreeing(options, probes):
+        return next((c for c in options if not any(difference(c, m) for m in probes)), options[0])
+
+    heads = (None, system) if system else (None,)
+    chat = agreeing(chats, [chat_messages(h, *texts[:n]) for h in heads for n in (1, 3, 5)])
+    for role, words in (("user", ("user", "turn")), ("system", ("system",)), ("assistant", ("assistant",))):
+        pad = {r: " \n%s\u00a0\n " if r == role else "%s" for r in ("system", "user", "assistant")}
+        trims = [chat.get("chat.trim", "")] + [(chat.get("chat.trim", "") + " " + w).strip() for w in words]
+        probes = [(h and pad["system"] % h, pad["user"] % "U", pad["assistant"] % "A", "V") for h in heads]
+        chat = agreeing([dict(chat, **{"chat.trim": t}) for t in trims], [chat_messages(*p) for p in probes])
+    if "</think>" in program.literals:
+        cut = dict(chat, **{"chat.think.end": "</think>"})
+        cuts = [dict(cut, **{"chat.think.trim": trim}) for trim in ("", "newlines", "space")]
+        chat = agreeing([chat] + cuts, [chat_messages(None, "U", x, "V") for x in (
+            "x</think>\n\ny ", "x</think>\n\ny</think>\n z\n", "x</think> \ny")])
+    for messages in chat_probes(program.literals):
+        if system or messages[0]["role"] != "system":
+            what = difference(chat, messages)
+        else:                                   # no place for a system text: it must be refused or dropped always
+            try:
+                what = difference(chat, messages)
+            except ChatRaised:
+                what = None
+        if what:
+            raise Refused(what)
+    return {k: text for k, text in chat.items() if text or k in ("chat.user.before", "chat.system.default")}
+
+
+# ---- Hub ---------------------------------------------------------------------------------------------------------
+# Files come from HUB/org/name/resolve/REVISION/FILE. The first answer names the commit; all others are asked of that
+# commit and kept in a folder of their own. A file is NAME.part until its size and its hash are right.
+
+HUB_FILES = ["generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+             "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]     # those that there are
+HUB_PAUSE, HUB_TRIES, HUB_TIMEOUT = 1.0, 3, 30          # seconds; tries without a byte of progress
+
+
+class HubRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows redirections, keeps what their headers say of the file, and never carries the token to another host."""
+
+    def redirect_request(self, request, body, code, message, headers, url):
+        old, to = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
+        new = urllib.request.Request(url, headers=request.headers)
+        new.hub_headers = request.hub_headers
+        for key in ("x-linked-size", "x-linked-etag", "x-repo-commit"):
+            if headers.get(key):
+                new.hub_headers.setdefault(key, headers[key])
+        if (old.scheme, old.netloc) == (to.scheme, to.netloc) and request.has_header("Authorization"):
+            new.add_unredirected_header("Authorization", request.get_header("Authorization"))
+        return new
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
+
+
+def hub_open(url, start=0):
+    """(response, its headers and those of the redirections to it), or None if there is no such file."""
+    request = urllib.request.Request(url, headers={"User-Agent": "run.c", "Accept-Encoding": "identity"})
+    request.hub_headers = {}
+    if start:
+        request.add_header("Range", "bytes=%d-" % start)
+    if os.environ.get("HF_TOKEN"):
+        request.add_unredirected_header("Authorization", "Bearer " + os.environ["HF_TOKEN"].strip())
+    try:
+        response = urllib.request.build_opener(HubRedirect).open(request, timeout=HUB_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 404:
+            return None
+        if error.code in (401, 403):
+            raise Refused("the hub does not give us %s (%d): there is no such model, or it wants permission: accept its "
+                          "licence on its page and set HF_TOKEN to your access token" % (url, error.code))
+        if error.code < 500 and error.code not in (408, 416, 429):
+            raise Refused("the hub answers %d %s to %s" % (error.code, error.reason, url))
+        raise
+    headers = {key.lower(): value for key, value in response.headers.items()}
+    headers.update(request.hub_headers)
+    return response, headers
+
+
+def hub_patiently(url, work, progress=lambda: 0):
+    """Does the work, and again while the network fails, until several tries in a row bring nothing."""
+    failures, before = 0, progress()
+    while True:
+        try:
+            return work()
+        except (OSError, http.client.HTTPException, ValueError) as error:   # URLError and HTTPError are OSErrors
+            failures, before = 0 if progress() > before else failures + 1, progress()
+            if failures == HUB_TRIES:
+                raise Refused("the hub cannot be reached: %s (%s); what has come is kept, the next call goes on from "
+                              "there. Or get the model's folder in another way and give that as SOURCE, or name another "
+                              "hub in HF_ENDPOINT" % (getattr(error, "reason", None) or error, url))
+            time.sleep(HUB_PAUSE * failures)
+
+
+def hub_fetch(url, path):
+    """Brings one file. False: the hub has no such file."""
+    part = path + ".part"
+
+    def have():
+        return os.path.getsize(part) if os.path.exists(part) else 0
+
+    def fetch():
+        start = have()
+        try:
+            answer = hub_open(url, start)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:                       # more than there is: begin again
+                os.remove(part)
+            raise
+        if answer is None:
+            return None
+        with answer[0] as response:
+            headers, total = answer[1], None
+            if response.status == 206:
+                match = re.match(r"bytes (\d+)-\d+/(\d+)$", headers.get("content-range", ""))
+                if not match or int(match.group(1)) != start:
+                    raise Refused("the hub sent another part of %s than was asked for" % url)
+                total = int(match.group(2))
+            else:
+                start, length = 0, headers.get("content-length", "")
+                total = int(length) if length.isdigit() else None
+            linked = headers.get("x-linked-size", "")
+            if linked.isdigit() and total is not None and int(linked) != total:
+                raise Refused("%s has %d bytes; the hub says %s" % (url, total, linked))
+            progress, done = Progress("fetching " + os.path.basename(path), total), start
+            out = hub_local(open, part, "ab" if start else "wb", 0)
+            with out:
+                for chunk in iter(lambda: response.read(CHUNK), b""):
+                    hub_local(out.write, chunk)
+                    done += len(chunk)
+                    progress.show(done)
+            progress.end()
+            if total is not None and done < total:
+                raise OSError("the connection ended after %d of %d bytes" % (done, total))
+            return headers
+
+    if os.path.exists(path):
+        return True
+    headers = hub_patiently(url, fetch, have)
+    if headers is None:
+        return False
+    mark = (headers.get("x-linked-etag") or headers.get("etag") or "").replace("W/", "").strip('"')
+    algorithm = {64: hashlib.sha256(), 40: hashlib.sha1(b"blob %d\0" % have())}.get(len(mark))  # LFS; git's own
+    if algorithm and re.match("[0-9a-f]+$", mark):
+        with open(part, "rb") as file:
+            for chunk in iter(lambda: file.read(CHUNK), b""):
+                algorithm.update(chunk)
+        if algorithm.hexdigest() != mark:
+            os.remove(part)
+            raise Refused("%s was damaged on the way: its hash is %s, the hub says %s; try again" % (
+                url, algorithm.hexdigest(), mark))
+    sys.stderr.write("  fetched    %s, %s\n" % (os.path.basename(path), bytes_text(have())))
+    os.replace(part, path)
+    return True
+
+
+def hub_local(work, *arguments):
+    """Work on this side: its failures are no reason to try again."""
+    try:
+        return work(*arguments)
+    except OSError as error:
+        raise Refused("a download cannot be written: %s" % (error.strerror or error))
 
 
 def download(name, model):
-    raise Refused("the hub is not written yet")
+    """Brings a model of the hub, org/name@revision, into the cache; returns its folder."""
+    repo, _, revision = name.partition("@")
+    base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if not re.match("https?://", base):
+        raise Refused("HF_ENDPOINT = %s is no http or https address" % base)
 
-# ---- Chat --------------------------------------------------------------------------------------------------------
+    def url(file, at):
+        return "%s/%s/resolve/%s/%s" % (base, repo, urllib.parse.quote(at, safe=""), file)
 
-# ---- Hub ---------------------------------------------------------------------------------------------------------
+    def commit():
+        answer = hub_open(url("config.json", revision or "main"))
+        if answer is None:
+            raise Refused("%s: there is no such file here, and the hub %s has no such model or revision, or no config.json "
+                          "in it" % (name, base))
+        answer[0].close()
+        return answer[1].get("x-repo-commit", "")
+
+    at = hub_patiently(url("config.json", revision or "main"), commit)
+    at = at if re.match("[0-9a-f]{40}$", at) else revision or "main"
+    folder = os.path.join(model.options.cache, repo.replace("/", "--"), "at-" + urllib.parse.quote(at, safe=""))
+    hub_local(lambda: os.makedirs(folder, exist_ok=True))
+    sys.stderr.write("  %s, kept in %s\n" % (url("", at)[:-1], folder))
+
+    def fetch(file):
+        return hub_fetch(url(file, at), os.path.join(folder, file))
+
+    for file in ["config.json"] + HUB_FILES:
+        fetch(file)
+    if fetch("model.safetensors.index.json"):
+        weights = shard_names(os.path.join(folder, "model.safetensors.index.json"))
+    else:
+        weights = ["model.safetensors"]
+    for file in weights:
+        if not fetch(file):
+            raise Refused("%s: the hub has no %s; models in safetensors form are known" % (name, file))
+    model.meta["source"] = "%s@%s" % (repo, at)
+    return folder
+
+
 # ---- Writer ------------------------------------------------------------------------------------------------------
 # A safetensors file whose tensors all start on a multiple of 64 bytes. The checksums stand in the header, so room is
 # left for them and the header is written again at the end. Until the rename there is only a temporary file.
@@ -801,10 +2819,11 @@ def attach_tokenizer(model, tokenizer):
     """A tokenizer's tensors and metadata; then the ids that end a generation, from everywhere."""
     vocab, ends = model.meta["vocab_size"], []
     if tokenizer:
-        model.meta.update(tokenizer.meta)
-        model.tensors = [Tensor(name, kind, shape, data=data) for name, kind, shape, data in tokenizer.tensors] \
-            + model.tensors
-        model.special = tokenizer.special
+        model.meta.update(tokenizer["meta"])
+        model.tensors = [Tensor(name, kind, shape, data=data)
+                         for name, (kind, shape, data) in tokenizer["tensors"].items()] + model.tensors
+        model.special = tokenizer["special"]
+        model.notes += tokenizer["notes"]
         ends = [int(i) for i in str(model.meta.pop("token.eos", "")).split()]
     for value in model.end_tokens:
         for i in value if isinstance(value, list) else [value]:
@@ -879,14 +2898,7 @@ def load_folder(model, folder, weights=None):
     config = read_json(beside(folder, ["config.json"], "configuration"))
     index = os.path.join(folder, "model.safetensors.index.json")
     if not weights and os.path.isfile(index):
-        table = read_json(index).get("weight_map")
-        files = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
-        for name in files:
-            if not re.match(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors$", name):
-                raise Refused("%s: %s is no name of a file in this folder" % (index, short(name)))
-        if not files:
-            raise Refused("%s: no weight_map" % index)
-        files = [os.path.join(folder, name) for name in files]
+        files = [os.path.join(folder, name) for name in shard_names(index)]
     else:
         files = [weights or beside(folder, ["model.safetensors"])]
         if not files[0]:
@@ -907,8 +2919,11 @@ def load_folder(model, folder, weights=None):
         model.end_tokens.append(read_json(generation).get("eos_token_id"))
     tokenizer = None
     given = model.options.tokenizer
+    if given and given != "none" and os.path.basename(given) not in ("tokenizer.json", "tokenizer.model"):
+        raise Refused("--tokenizer %s: for such a model it must be a tokenizer.json or tokenizer.model" % given)
+    place = os.path.dirname(given) or "." if given else folder
     if given != "none" and (given or beside(folder, ["tokenizer.json", "tokenizer.model"])):
-        tokenizer = tokenizer_from_hf(given or folder, model.meta["vocab_size"])
+        tokenizer = tokenizer_from_hf(place, model.meta["vocab_size"])
     attach_tokenizer(model, tokenizer)
     if beside(folder, ["chat_template.jinja"]):
         file = File(beside(folder, ["chat_template.jinja"]))
@@ -953,7 +2968,7 @@ def load(model, source):
         folder = os.path.abspath(source)
         return load_folder(model, source) + (os.path.basename(folder),)
     if not os.path.exists(source):
-        if re.match(r"[\w.-]+/[\w.-]+(@[\w./-]+)?$", source) and not source.endswith((".gguf", ".bin", ".safetensors")):
+        if re.match(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@[A-Za-z0-9_./-]+)?\Z", source) and not source.endswith((".gguf", ".bin", ".safetensors")):
             folder = download(source, model)
             return load_folder(model, folder) + (source.split("@")[0].split("/")[1],)
         raise Refused("%s: no such file or folder, and no name on the hub (org/name)" % source)
