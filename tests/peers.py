@@ -448,7 +448,8 @@ def prepare_engines(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--work", required=True, help="folder for builds, models and results, outside the repository")
     add("--llama-cpp", help="source of llama.cpp (default: out of %s)" % LLAMA_CPP)
@@ -479,6 +480,9 @@ def main():
     results = {"machine": cpu()[0], "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
                "tables": tables}
     names = list(engines)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.3:
+        note("The load average is %.1f: other work distorts these figures, those of engines whose threads "
+             "spin at barriers most of all." % os.getloadavg()[0])
     for turn in range(args.rounds):
         for table in tables:
             figures = {}
