@@ -2659,17 +2659,6 @@ int run_sample(run_session *s, const run_sampling *sampling, run_error *error)
     return logits ? sample(s, logits, sampling, error) : fail(error, "there are no logits: evaluate a token first");
 }
 
-/* Natural logarithm of the softmax of raw logits: *log_total is log(sum(exp(logit))). */
-static int log_total(const run_model *m, const float *logits, double *result)
-{
-    float max = logits[best_of(logits, m->config.vocab)];
-    double sum = m->kernels->exp_sum(logits, m->config.vocab, max, 1);
-    if (!(sum >= 1 && sum <= DBL_MAX) || !(max <= FLT_MAX && max >= -FLT_MAX))
-        return -1;
-    *result = (double)max + log_double(sum);
-    return 0;
-}
-
 /* == DRAFTING ================================================================================
 
    The loop of generation. Nothing drafts yet: each pass is one token. What advances here advances
@@ -2783,6 +2772,8 @@ int run_generate(run_session *s, const run_generation *how, run_result *result, 
    Q4_1 -> q4a, Q8_0 -> q8, and any grid that another one contains. Everything else goes through
    floats, and the error is counted. All arithmetic is per element or per row in a fixed order, so
    that the file comes out the same everywhere.                                               */
+
+#ifndef RUN_LIBRARY
 
 /* -- decoding GGML's blocks; layouts as in ggml-quants.c of llama.cpp -- */
 
@@ -2969,7 +2960,7 @@ static void decode_row(const struct source *s, int row, float *out)
     }
 }
 
-/* -- fitting a grid to groups of 32 weights, 16 rows side by side: w [32][16] -- */
+/* -- fitting a grid to groups of n <= 32 weights, 16 rows side by side: w [n][16] -- */
 
 struct grid {                       /* weight = (q - shift) d + m */
     float d[STRIP], m[STRIP];       /* already rounded to half precision */
@@ -2979,10 +2970,10 @@ struct grid {                       /* weight = (q - shift) d + m */
 INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
 /* Takes over the rows of `try` that come closer to w than the best so far. */
-static void keep_better(float w[GROUP][STRIP], const struct grid *try, struct grid *best, float error[STRIP])
+static void keep_better(float w[GROUP][STRIP], int n, const struct grid *try, struct grid *best, float error[STRIP])
 {
     float e[STRIP] = { 0 };
-    for (int i = 0; i < GROUP; i++)
+    for (int i = 0; i < n; i++)
         for (int r = 0; r < STRIP; r++) {
             float difference = w[i][r] - (try->q[i][r] * try->d[r] + try->m[r]);
             e[r] += difference * difference;
@@ -2999,12 +2990,12 @@ static void keep_better(float w[GROUP][STRIP], const struct grid *try, struct gr
 }
 
 /* q4: the largest weight is put near -8 or near 7, each time the scale is refitted by least squares. */
-static void fit_q4(float w[GROUP][STRIP], struct grid *best)
+static void fit_q4(float w[GROUP][STRIP], int n, struct grid *best)
 {
     static const float places[] = { -8.0f, -7.7f, -7.4f, -8.3f, -8.6f, -9.0f, -7.0f, 7.0f, 7.3f, 6.7f, 7.6f };
     float error[STRIP], extreme[STRIP] = { 0 };
     struct grid try = { 0 };
-    for (int i = 0; i < GROUP; i++)
+    for (int i = 0; i < n; i++)
         for (int r = 0; r < STRIP; r++)
             extreme[r] = w[i][r] * w[i][r] > extreme[r] * extreme[r] ? w[i][r] : extreme[r];
     for (int r = 0; r < STRIP; r++)
@@ -3013,7 +3004,7 @@ static void fit_q4(float w[GROUP][STRIP], struct grid *best)
         float inverse[STRIP], wq[STRIP] = { 0 }, qq[STRIP] = { 0 };
         for (int r = 0; r < STRIP; r++)
             inverse[r] = extreme[r] * extreme[r] > 0 ? places[k] / extreme[r] : 0;
-        for (int i = 0; i < GROUP; i++)
+        for (int i = 0; i < n; i++)
             for (int r = 0; r < STRIP; r++) {
                 float q = clamp(round_even(clamp(w[i][r] * inverse[r], -9, 9)), -8, 7);
                 try.q[i][r] = q;
@@ -3022,19 +3013,19 @@ static void fit_q4(float w[GROUP][STRIP], struct grid *best)
             }
         for (int r = 0; r < STRIP; r++)
             try.d[r] = from_half(to_half(qq[r] > 0 ? wq[r] / qq[r] : 0));
-        keep_better(w, &try, best, error);
+        keep_better(w, n, &try, best, error);
     }
 }
 
 /* q4a: minimum and scale, refitted together. */
-static void fit_q4a(float w[GROUP][STRIP], struct grid *best)
+static void fit_q4a(float w[GROUP][STRIP], int n, struct grid *best)
 {
     float error[STRIP], low[STRIP], high[STRIP];
     struct grid try = { 0 };
     for (int r = 0; r < STRIP; r++) {
         error[r] = INFINITY;
         low[r] = high[r] = w[0][r];
-        for (int i = 1; i < GROUP; i++) {
+        for (int i = 1; i < n; i++) {
             low[r] = w[i][r] < low[r] ? w[i][r] : low[r];
             high[r] = w[i][r] > high[r] ? w[i][r] : high[r];
         }
@@ -3044,7 +3035,7 @@ static void fit_q4a(float w[GROUP][STRIP], struct grid *best)
         float sw[STRIP] = { 0 }, sq[STRIP] = { 0 }, swq[STRIP] = { 0 }, sqq[STRIP] = { 0 };
         for (int r = 0; r < STRIP; r++)
             inverse[r] = high[r] > low[r] ? steps / (high[r] - low[r]) : 0;
-        for (int i = 0; i < GROUP; i++)
+        for (int i = 0; i < n; i++)
             for (int r = 0; r < STRIP; r++) {
                 /* steps beyond 15 cut both ends alike */
                 float q = clamp(round_even(clamp((w[i][r] - low[r]) * inverse[r] - (steps - 15.0f) * 0.5f, -1, 16)), 0, 15);
@@ -3055,21 +3046,21 @@ static void fit_q4a(float w[GROUP][STRIP], struct grid *best)
                 sqq[r] += q * q;
             }
         for (int r = 0; r < STRIP; r++) {
-            float determinant = GROUP * sqq[r] - sq[r] * sq[r];
-            float d = determinant > 0 ? (GROUP * swq[r] - sq[r] * sw[r]) / determinant : 0;
+            float determinant = (float)n * sqq[r] - sq[r] * sq[r];
+            float d = determinant > 0 ? ((float)n * swq[r] - sq[r] * sw[r]) / determinant : 0;
             try.d[r] = from_half(to_half(d));
-            try.m[r] = from_half(to_half((sw[r] - try.d[r] * sq[r]) / GROUP));
+            try.m[r] = from_half(to_half((sw[r] - try.d[r] * sq[r]) / (float)n));
         }
-        keep_better(w, &try, best, error);
+        keep_better(w, n, &try, best, error);
     }
 }
 
 /* q8: the smallest scale with which nothing is cut off. */
-static void fit_q8(float w[GROUP][STRIP], struct grid *best)
+static void fit_q8(float w[GROUP][STRIP], int n, struct grid *best)
 {
     for (int r = 0; r < STRIP; r++) {
         float largest = 0;
-        for (int i = 0; i < GROUP; i++) {
+        for (int i = 0; i < n; i++) {
             float magnitude = from_bits(bits_of(w[i][r]) & 0x7fffffff);
             largest = magnitude > largest ? magnitude : largest;
         }
@@ -3078,7 +3069,7 @@ static void fit_q8(float w[GROUP][STRIP], struct grid *best)
             d++;
         best->d[r] = from_half(d);
         best->m[r] = 0;
-        for (int i = 0; i < GROUP; i++)
+        for (int i = 0; i < n; i++)
             best->q[i][r] = best->d[r] > 0 ? clamp(round_even(clamp(w[i][r] / best->d[r], -128, 128)), -127, 127) : 0;
     }
 }
@@ -3178,8 +3169,10 @@ static void pack_strip(struct packing *p, int strip, float *rows, unsigned char 
             if (strip * STRIP + r < m->rows)
                 exact = exact_grid(&p->source, p->type, strip * STRIP + r, group, r, &g);
         if (!exact) {
+            int left = m->cols - group * GROUP;
             memset(&g, 0, sizeof g);
-            (p->type == Q4 ? fit_q4 : p->type == Q4A ? fit_q4a : fit_q8)(w, &g);
+            if (left > 0)
+                (p->type == Q4 ? fit_q4 : p->type == Q4A ? fit_q4a : fit_q8)(w, left < GROUP ? left : GROUP, &g);
         }
         place_group(out + (size_t)(group / 2) * matrix_bytes(p->type, STRIP, BLOCK), p->type, group % 2, &g);
         for (int r = 0; r < STRIP; r++)
@@ -3519,6 +3512,7 @@ static int write_model(const char *out, const struct container *c, struct planne
     return failed;
 }
 
+#endif /* RUN_LIBRARY */
 #endif /* RUN_DECLARATIONS */
 #endif /* RUN_KERNELS */
 
@@ -3757,7 +3751,9 @@ PACKED(matmul_q4a, Q4A)
 PACKED(matmul_q8, Q8)
 #undef PACKED
 
-/* -- float matrices -- */
+/* -- float matrices, attention and the rest: not again for a set that only brings another dot product -- */
+
+#ifndef KERNELS_REST
 
 INLINE vf SET(weights)(const unsigned char *data, size_t i, const enum type type)
 {
@@ -3915,12 +3911,20 @@ ATTEND(attend_f32, 1)
 #define INSTANTIATE_SET(set) INSTANTIATE(set)
 INSTANTIATE_SET(RUN_KERNELS)
 
+#define REST(name) SET(name)
+#else
+#define REST(name) JOIN(name, KERNELS_REST)
+#endif
+
 static const struct kernels SET(kernels) = {
     KERNELS_NAME,
-    { SET(matmul_f32), SET(matmul_f16), SET(matmul_bf16), SET(matmul_q4), SET(matmul_q4a), SET(matmul_q8) },
-    SET(rmsnorm), SET(quantize), SET(glu), SET(rope),
-    { SET(attend_f16), SET(attend_f32) }, SET(exp_sum), SET(read),
+    { REST(matmul_f32), REST(matmul_f16), REST(matmul_bf16), SET(matmul_q4), SET(matmul_q4a), SET(matmul_q8) },
+    REST(rmsnorm), REST(quantize), REST(glu), REST(rope),
+    { REST(attend_f16), REST(attend_f32) }, REST(exp_sum), REST(read),
 };
+
+#undef REST
+#undef KERNELS_REST
 
 #undef JOIN2
 #undef JOIN
@@ -3970,6 +3974,7 @@ TARGET_END
 #define RUN_KERNELS AVXVNNI
 #define KERNELS_AVXVNNI
 #define KERNELS_NAME "avxvnni"
+#define KERNELS_REST AVX2
 #define KERNELS_TARGET "avx2,fma,f16c,avxvnni"
 #define LANES 8
 #define FLOAT_TOKENS 1
@@ -4009,6 +4014,7 @@ static int has_avxvnni(void)
 #define RUN_KERNELS DOTPROD
 #define KERNELS_DOTPROD
 #define KERNELS_NAME "dotprod"
+#define KERNELS_REST NEON
 #define KERNELS_TARGET "arch=armv8.2-a+dotprod"
 #define LANES 4
 #define FLOAT_TOKENS 1
@@ -4522,6 +4528,17 @@ struct output {                     /* what the callback collects */
     double prompt_seconds, seconds;
     int prompt_tokens;
 };
+
+/* Natural logarithm of the softmax of raw logits: *log_total is log(sum(exp(logit))). */
+static int log_total(const run_model *m, const float *logits, double *result)
+{
+    float max = logits[best_of(logits, m->config.vocab)];
+    double sum = m->kernels->exp_sum(logits, m->config.vocab, max, 1);
+    if (!(sum >= 1 && sum <= DBL_MAX) || !(max <= FLT_MAX && max >= -FLT_MAX))
+        return -1;
+    *result = (double)max + log_double(sum);
+    return 0;
+}
 
 /* {"id":..,"logprob":..,"top":[[id,logprob],...]} */
 static int add_logprobs(struct text *t, run_session *s, const float *logits, int id, int k)
