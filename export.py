@@ -554,7 +554,7 @@ def rope(model, rule, base, dims, context, scaling, factors=None):
 def model_from_config(model, config, tensors):
     """Hugging Face: config.json."""
     kind = config.get("model_type")
-    if kind not in HF_DEFAULTS:
+    if not isinstance(kind, str) or kind not in HF_DEFAULTS:
         raise Refused("config.json: model_type %s; known: %s" % (short(kind), " ".join(HF_DEFAULTS)))
     if config.get("quantization_config"):
         method = config["quantization_config"]
@@ -622,7 +622,7 @@ def model_from_config(model, config, tensors):
 
 def model_from_gguf(model, pairs, tensors):
     arch = pairs.get("general.architecture")
-    if arch not in ("llama", "qwen2", "qwen3"):
+    if not isinstance(arch, str) or arch not in ("llama", "qwen2", "qwen3"):
         raise Refused("GGUF architecture %s; known: llama qwen2 qwen3" % short(arch))
     if pairs.get("general.type", "model") != "model":
         raise Refused("this GGUF file holds a %s, not a model" % short(pairs["general.type"]))
@@ -3059,8 +3059,7 @@ def export(options):
                         % out if raw and not options.pack else ""))
 
 
-def main(arguments=None):
-    """Returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
+def usage():
     p = argparse.ArgumentParser(prog="export.py", description=__doc__.split("\n\nStandard")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", metavar="SOURCE", help="what to export")
@@ -3075,8 +3074,13 @@ def main(arguments=None):
                    default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "run"))
     p.add_argument("--cache", metavar="FOLDER", help="where downloads are kept (default: %(default)s)",
                    default=os.path.join(os.path.expanduser("~"), ".cache", "run.c"))
+    return p
+
+
+def main(arguments=None):
+    """Returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
     try:
-        options = p.parse_args(arguments)
+        options = usage().parse_args(arguments)
     except SystemExit as e:
         return e.code
     del TEMPORARY[:]
