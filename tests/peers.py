@@ -12,7 +12,7 @@ and threads, in an order that turns by one from round to round. A ratio compares
 round; the table shows the median over the rounds and, behind it, the smallest and the largest.
 
 Figures, the same for every engine:
-  decode         tokens/s one by one from an empty cache, no sampling (llama-bench -n 64)
+  decode         tokens/s one by one over 256 tokens (llama-bench -n 256; ours samples greedily too)
   prompt N       tokens/s of a prompt of N tokens (llama-bench -p N)
   c(k)           time of a pass over k tokens with the logits of all k, at 256 cached positions, over the
                  time of one (llama-batched-bench, the 256 shared by k sequences, one new token each)
@@ -303,14 +303,14 @@ def run_engine(program, model, threads, log):
 def ggml_engine(binaries, options, model, threads, log):
     figures = {}
     common = ["-m", model["gguf"], "-t", str(threads)]
-    prompts = [n for n in PROMPTS if n < model["context"]] or [model["context"] // 2]
+    prompts = [n for n in PROMPTS if n <= model["context"]]
     out = command([os.path.join(binaries, "llama-bench")] + common + options["bench"]
-                  + ["-p", ",".join(map(str, prompts)), "-n", "64", "-r", "3", "-o", "json"], log=log)
+                  + ["-p", ",".join(map(str, prompts)), "-n", "256", "-r", "3", "-o", "json"], log=log)
     if out:
         for test in json.loads(out[out.index("[\n"):out.rindex("]") + 1]):
             name = "prompt %d" % test["n_prompt"] if test["n_prompt"] else "decode"
             figures[name] = statistics.median(test["samples_ts"])
-    steps, repeats = 8, 5
+    steps, repeats = 4, 8
     cached = min(CACHED, model["context"] - 16 * steps)
     out = command([os.path.join(binaries, "llama-batched-bench")] + common + options["batched"]
                   + ["-tb", str(threads), "-c", str(cached + 16 * steps), "-pps", "-npp", str(cached),
@@ -340,6 +340,44 @@ def llama2c_engine(programs, model, threads, log):
                 speeds.append(float(found.group(1)))
         best = max(best, statistics.median(speeds) if speeds else 0)
     return {"generate 256": best} if best else {}
+
+
+# --------------------------------------------------------------------------------------------------
+# Rounds, and how quiet the machine was
+
+def busy():
+    """Seconds of processor time used so far by everything on this machine, and by our own children."""
+    ours = os.times()
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(x) for x in file.readline().split()[1:9]]
+    except OSError:
+        return None
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), sum(ours[:4])
+
+
+def measure(engine, model, threads):
+    """The figures of one engine; "others": which share of the processors other work took meanwhile."""
+    before, start = busy(), time.time()
+    figures = engine(model, threads)
+    after, passed = busy(), time.time() - start
+    if before and after and figures:
+        others = (after[0] - before[0]) - (after[1] - before[1])
+        figures["others"] = max(0, others / (passed * os.cpu_count()))
+    return figures
+
+
+def run_rounds(tables, engines, rounds, save):
+    names = list(engines)
+    for turn in range(rounds):
+        for table in tables:
+            figures = {}
+            for name in names[turn % len(names):] + names[:turn % len(names)]:
+                note("round %d of %d: %s, %d threads, %s"
+                     % (turn + 1, rounds, table["model"]["name"], table["threads"], name))
+                figures[name] = measure(engines[name], table["model"], table["threads"])
+            table["rounds"].append(figures)
+            save()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -404,7 +442,8 @@ def prepare_models(args):
                  "run": os.path.join(args.work, "smollm2-q4_1.bin")}
         if args.run and not os.path.exists(model["run"]):
             note("exporting %s" % os.path.basename(gguf))
-            if command([sys.executable, os.path.join(ROOT, "export.py"), gguf, "-o", model["run"]]) is None:
+            if command([sys.executable, os.path.join(ROOT, "export.py"), gguf, "-o", model["run"],
+                        "--run", args.run]) is None:
                 die("export.py failed")
         models.append(model)
     if "stories260K" in args.models:
@@ -479,26 +518,21 @@ def main():
     tables = [{"model": m, "threads": t, "rounds": []} for m in models for t in threads]
     results = {"machine": cpu()[0], "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
                "tables": tables}
-    names = list(engines)
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.3:
-        note("The load average is %.1f: other work distorts these figures, those of engines whose threads "
-             "spin at barriers most of all." % os.getloadavg()[0])
-    for turn in range(args.rounds):
-        for table in tables:
-            figures = {}
-            for name in names[turn % len(names):] + names[:turn % len(names)]:
-                note("round %d of %d: %s, %d threads, %s"
-                     % (turn + 1, args.rounds, table["model"]["name"], table["threads"], name))
-                figures[name] = engines[name](table["model"], table["threads"])
-            table["rounds"].append(figures)
-            with open(os.path.join(args.work, "peers.json"), "w") as file:
-                json.dump(results, file, indent=1)
-    print("%s, %d cores, %s, %d rounds, load average %.1f"
-          % (results["machine"], results["cores"], results["date"], args.rounds, os.getloadavg()[0]))
+
+    def save():
+        with open(os.path.join(args.work, "peers.json"), "w") as file:
+            json.dump(results, file, indent=1)
+
+    run_rounds(tables, engines, args.rounds, save)
+    others = max(f.get("others", 0) for t in tables for r in t["rounds"] for f in r.values())
+    print("%(machine)s, %(cores)d cores, %(date)s" % results)
+    if others > 0.05:
+        print("Other work took up to %.0f %% of the processors: these figures are distorted, those of\n"
+              "engines whose threads spin at barriers most of all." % (100 * others))
     for table in tables:
         isa = [r["run.c"]["isa"] for r in table["rounds"] if r.get("run.c", {}).get("isa")]
         title = "%s, %d threads" % (table["model"]["name"], table["threads"])
-        show(title + (", run.c with %s" % isa[0] if isa else ""), table["rounds"], names)
+        show(title + (", run.c with %s" % isa[0] if isa else ""), table["rounds"], list(engines))
 
 
 if __name__ == "__main__":
