@@ -744,65 +744,65 @@ UNICODE_SCRIPTS = ('c-jG^09*eSfL$2^SPj(yFaQDo8VC;q#RtDLLI0xxfwBSZ0t0D@>Hz@_0gs>p
     '%{so=_6966pu7Lpn4xwRL0|M~@577ZG0#}ci0|^2w)8GOF0tNyB0sx=_0y6*)0}g;9{{gQ&0fGWuavnk+;_U$(gaxBl4HgA3rB5CN1p@'
     '^G1p@+mB`mK')
 UNICODE_NFC = ('c-qBS3slxswm<v)|KAHfJ`fQ_O-sqNtj5gDN|9dkSl5}RX>K#k+@{;y)pRFytkr1EG&cevM4l?X^PLI`_&_Bx!511LDk>>{iXwiJ7J?7'
-    'LM7+O!{{KJ1rz~epYu&rnxA#7eefHUBzs~u8<ub+|<|7hyM4H#2;s}wBHkBG<Oanl5qbq%+35Eu+VyQI7h`c13Dlw)=vf5vxeXb*Q`)G'
-    '#LeUu~xxHRT6C5aP8+lID{6)@+>nyWRX29O9O;U*D8!b2jML<os4BtnV0k_aQwjYPN<-KFS3B0>s7jufFkb#Su}iM}N69wK^?=uP6Twh'
-    '<Edkm#rO;}huZ_xDm4(f<uQ3}C6u#=w+p#}X+b`-+aM6qTku+U#PTxLx0$V%=i0-yH0ZeWlZ<jLr5N459A_b=<#=N^4W=h_W4ndA5<l('
-    'M7oQcKf}lM*eaOjv)h_;w2Kld!udaAHp@B{)C1{dutp`4A%ZO2C{oATQeM?$HhmG9*g#5vTL!39<-H`E+$c6ds{dpxqgM#ejBvh;1I66'
-    'g=+yg0-;(Ndp+H7zoDqtYWzgFx;Z!?y);Dc7&4QDBSg6FvyKKU4ky=>!r>;@v%)clts#XO?KeYL+Q|lX2bwyDcePp5-rl+##+9a5kRg#'
-    'ivRk3v&V2`L%F;%FOSROd<aTs4wQYW*JCsVrssFRDk5=iT%8d6qBlhVe{h6GH&oisd<)eEb@Rxv0DO_8ys&^M3Jpqpo5U$sRBS^R!)QQ'
-    'X!aGcsztomq}aD9gbYhmG@v35S1-8fpg1DvOseI|#;^dRL!9}Q9pD>*jdT5jooGC;US2-g$BMZ)nslpjK_DB&0*Tmi!ImKt3Tz*aA+fQ'
-    'i6XI^>oU2c6>s#nD2Fd?;L#RO4OYngO|MKY^v5!h*Ub*m>6=I>JWOMGbs*gj^1sNH+qxFYKGi{@mOP>@o!LU^mXqIkLP9&NiOwiEt!`6'
-    'jLmHgsKq-hzEQO$N*%zrM}NidiyzyJ3IDe0Qlvt>ovFkx;VEM@_)0BWcv0LH;o2Fr+@;Y4}bzjf_F3^8vLUH(P^N7=sBQ(D1&NI{_8D1'
-    'Q;x+y(vsuPhck@^L>cp16!aYpi0(u$tkb0_E6P|aqbyxbS>~R$k+&b$Z_#-c=q$JP<n8$>%HJ0L^Bw!0pCJ=8vu(edwl?Lq*$94-)}9^'
-    'h-tXm2pqt#DVFtbHzfB#6m~@yQEhkF}OQ1Osjer>aky}~;Fxdtq0o!fHh*l&`))5vp^=-0PdGn1L&;cjR`eS1UZKxrca>?A%vfo`My&x'
-    'B&0f=4-3K(&R{xHA(lXvJpw-*!;Wl-(6#sM6^FpW9FbXbjLoM%kBSDGBHcJqii4r3}srUnR9G#M$Vd#w9M3-OS+?h=kFK4e88(1t)ko4'
-    'KJIAl(LVs?pPN?w)^yTYE5=V<sO(V(wmZE(m>djV&}zrRv}WRd<lvwm7%mE5mIYhzT3U!c*LV-Ba9mBeuFb+VMOOo)I^Bdb|$Pz~nzGA'
-    '|ntzW2}J0j-yc=h8umYL~`T-KGuvGiZVIcQpOw~W{w}SR$P_l%&+}8tzaKvt}tnqEO4xdAdwY8PXnG=6+zEuMa-p{GAlw3%8KaHFDs%_'
-    'U+uaY=?u9VsoAeaMviQbBxyo`3EU0^IGZEKu94RVkjT3)WK8n_Obn1cn+Lp<Ae#qj?&g90pKBh7!GTycQ0vn?@EjHBIS*>$`d}=15K9J'
-    'QcJT0%l=tvsZ(e_hBtXl1_=6akGvvLCv}&lsvuY@boS{<04<+ZSp&vHW^+&<>DA<Oj(sG$OT#ALm$(}i!97V&=$O>EisDQBgQMQ1a5H$'
-    'SUsDRgNM@msQ68A~WC@Et`x#H0Xefsv?<Fe)P(I>kVKX87m)H{OiJU@2Oi$+@mkVM;le(V>vxUqX+WI&WvJ$8WtqECYYO0Cq~B|G70t8'
-    'vFb0bagT7_>N}IDMj-Gts9&0SOL7kp%2=m@=)PxkU>rG^{<2g94&VNoAIHU$#|2KkcH-{)|axntnCO(%aN3%D;Y^D>}1?wXWRS+fp)@{'
-    '0@Fi^AkPNPvm|}sp;=o>iTh%Yv{1$156tGuGv`l-W~Ld`V#cZn^w2ReU^GwLax%STgW=OS(c;y4%n%MtP)^()4HAfG`sh-QM&B7*>t>8'
-    'lJzvV?YeGpO$P;RYqP7RhB*;!s@XCTviW8&nrNOxvkVU|3DEdy11Owm2HI!u`)y*$D!tQY^Cy{`oqFGzF+~mY6M08bYb;U6-o1m~8pKM'
-    '#9Gl-Bm-T;gWuDDa;`Rr3G`Lsb8pv|ff^mLPtHlRF%OE;6&g7`?j3dk9*yzWhUA1Ns#{13ev}P(glbSi+<XAHPU)F4`C1XoxGOk!MVsF'
-    'vVT3g{iGsT*j*@;wnbbOXu)?ro(el=rsv9%_*Gff&Tj@HgOFo-upC`cDUVIW-vg@bexbT>#(LBSv)f?Oa0LaQA+6-$2r^!tJ9U;lyYua'
-    '8I8iYaUq^lmT;oEjtpV2z{+=<Jzb&I=s4JB)$J7lgLd4Tjl&2g5a9(iNkj7+JtePEP=9FF}1k?h@1+L;EMRed`2KiY2li2LCFw7ctfk@'
-    'W*yL^%b)2?RIM}S!?*CX}F+%rYoJ8V^zkqTl=t}0hqcJh;|{oxyLQEf)Aj@SynXwss>_36|0)Zd)z1J36Noe9>vi4K%ve52fr&nl^fm`'
-    '`WHchE|d7n%s6U9HEncv1@wInZ70Ci=pOcZquUnH=+^9w?jApC#5ZB1yVpbLdjM!ljCY@vh}Cj8<G?{!w=~g|MrEoc!Q0cMc7r-h%5vI'
-    '|_kRr3ZM0d!kUyC1f#$l=X5WOTmJj38tP4IG*5Gak@OE3j4d2rL64LA)x(*Kzi4Ex5|G8H8x6lg6C16kQ|8G6CX{-my4oD9NicQyMek%'
-    'oKWs;!P_^zOMr=Say1Qo@i;|mv5pNn}RXx1Fim>P^`HUh;43-a~@%P$2L;Jf59Dn^q{P>U`ow~wHCbHTLEjRB9KB+xC<f~p=Bl!`^wIg'
-    'sT;#aZwwxO)p)_JW|AKM49H4ig)HCTPdYn83<SEM~z6SQa5@)u-spy+_b;be2K4Wl%ID9!qMVbvbq}`!TqC2>Ko}b0I$;nkAvX8Vi?0t'
-    'Au+ohoUwU-&4o=%sx%fHVjmNsp%=egMtqJ946R>$x;j!{1snTVEF8DLHn_7!!HD#8wmR}gJA|Vta%K|!5HVTeKDBQL07&e=u!&wy0{Ts'
-    ')rCONdeLIg9a!Rn+(aDm`~!kc^Z!IXsM{Qe#?(tdUP!FOmgmMmFNdJ@Q!u!D7SPpYK!>8B&GUj<{|3LI>>Pp(i`X(7Lj{#!Fdb>I4XU2'
-    '{yP$8<FmWK6y*2<Q`Vd<n<&$8h3vAgY*r6D-;T6~po=k^POQ7oasA?Oov9;mSnlKy$_rf|1Uc}Llz^DoDfC>9mLC^7m&aS~>E7^${tK>'
-    'b8ZwD%X-%o<(W1DIBV+*(`24yA|(hgx|lMC_ngrG)9JvSKof&c7eh?)(^2lLDch%Cg#ewbl<9wZ%sb(7hIcf+1f3!2_v(9&s`$i{#d9$'
-    'ya59T2-3PORt1fY>9TUL1Kc=GlUa;PiP*Fj%q@y<|8m5l77X3Y|?qh4-+0C6=*g@)0l<xFKiv6;ua$8QR7?ggL~@)LJl<Z2{Vo3SqUsf'
-    '*sMBkHc+**{VPnfiA<LN@14y<KXRiV2phRk#hi?^EjovLm>?#G4U8FVrducI0kHe60z7i6$77VfUgV(TMgHE;m0OeA>U?%@;1ay0p@Zs'
-    'z8c!XIh8QVYMf{ntJQ>UKmRi<HWBW{C9&f<oCubygR9eV(hM(ls6#{+!hN4ZST_2#5dJByi+%7xD;BT4h{11I=d0}3KOvnTF`S?9CLF-'
-    '3uR};4M%1OU*{Y#_ERrD}hihbkD-hE$p+Z9>$o$8Jmh&QP%FBx3%vz}NtRS>r!g}QNT5Q=GC}ehokY!zk76VfzX+p1s7f@$@gS9Yd4ur'
-    '46O+9@+XBuZe<TXQc>{W&4Y>2Jklmo1Rh4%9_Hi2czp!rHf!M`D~Fj|P1Tn-^80CnK3MWB>OBbQmq_h{E+`~)JP3T>DUiy_0Uw0@1R9j'
-    'ay5LRc#n)xmCvcSLWEZiwaxo^4dp&1hbP{>hv(HpP_>m*dP{<Ozp=B@S7Dh3^SUspg27f&!Bh=MmbOeOwQ*=RD492ucFLv#F5t29$<?4'
-    '9p|~I4c^U{5nt$b|lDr&K_uf$fNXLBn{3=41WWfLWWZRfuIGM%&7v!)_{%$C%882hGCp)(~=P5#Hn`U1c=UDwy|ae{zU}UnQrP)K}}@n'
-    'm@U;ocYp<=D$&Dr@Q6{M!8#jKN^znEm~6siG5FSj&cM=CwCBQ6h0-Xz>3n)p=c)iZ3exYCo)|{_&n6>*Td?vZ)V-`5H$)+%Bt!3VF1vs'
-    'vNc)MP9?FZk$d4KDjCTnfi>;O*(;H91_Dyg+a%RzPtW1St6WDBvTcO2F63?FZ>2=}qk^1n!uCd)oOzuv_haG0?(qTt^IEe;8b2!P{gVb'
-    '+7W{vyP4)DOmaB{VVQy3t$HN5QpbJ@--+niDd3JwE`L*VV(;Uq@$^=#+$GAD_=z0M1=)^?==?Nb#_DXvvGTc}m5t^^~{((mNvdRysE4@'
-    'pKIFOWFF=p>^WMzuRVFXvMmkMvqdV@3&7T&CYhfi3w{1Ep#YY#P4{Xg;Y#P9>vcjxt7upg<xS3QAztV+Vs&jKaGpY^CMs?b?dI_Z^kBE'
-    'j;iwBZyfG@x{g#hfrkb@C~>NmF&xRjr%)Xl?<fDPIPJ~s?bA?7_4TD5d1Hd&Y>z6!xV#1zp5&1an*+-?0rY2bm9pNG#(F9xsN_ye0z;3'
-    '94!bN@|A*TPJ%J^w32eaD$CdaPmq-e$i<Mq1dxJYMA<wBb<0sPx9aL_P=Vhx<x*7{&YXq@?04oukU9ip3{=8mI9;y<8HsxR5*n|nK;~y'
-    '0m&8WSXP9Ajx{<(8WXAX4n%W$sRO+L+OIy%e-(pys^XoJYww;T|mg&a&Wk$u%jR(W_SfCO{jURbbuEBVvq|A7BCU4B|lz&(9Ve>Rj!)?'
-    'ouL1~QYxNBEG93g!=?430Y$d~R>>YbX5{fqd@Lub<*(3-PYwqr9|jZ+K<W$?SDp3xi1Rk%3Pv3c4j7#RsuF^!qS6>>IEtWm6BSeX6yYF'
-    'lLcUCQ&Xs;*PHE8MUmI}Z-ww_P(=*@X*%_+fU0RLE@OC($Bn;&b#y2>Om6UroI9eih1iw$0*R$tobc7dB^uci&2&Z0J!9jZSg7Ysdkb&'
-    'IJ>14(}_<DwV%R)N<v*t(wJe!4`hHIaRRXWrxe|<XXtNatc<d;lh5N71ER~_UB=yh!I~I=P-C-13zN<3CenNvbFGofLSsaear`##>P$F'
-    'i0+CFKq=ha&FB?%Vk}tpImY9WHYad3A1&l0<V?I)<Wb?l(a#s>3#tZ>Q;j|<FV}4W$6;n`f;RsHOR1~41PJ%i48Ho;ZU;KYHM+>SNHds'
-    'nVIHocYbwW9U8&*iAQi?92Vjh?`+zp{V>*o`EZEJ*;kwaNY28rHXJiDI6jy+5fd(76fp{%C$agBEV+V~`TTp3u?|u~$e5+LR$TW8QGA~'
-    'E_F`$*lfp&8D#2V<bFqf|gAG!}2cYDUx5S3C#j`1_#tViYV&sBV_s`DsY3Y8p7`OUTLI6wFqEn@GKW9`BV;QGMG?1SvZgu@tJd<mn8S3'
-    'GLzx0gW+_#wuhVoUf58m7uZ6@O?|8inf;-%LkOW3Ivn0efzERCMiRyRQ2hBgdKHOdY!EUy~}&h|}aGMAfcDpq)IJ%&|4msANm|c~EyPM'
-    '8)@UrZKHRMJZrTOanT|pFr#;BvSVDVB_`iF*njPff{E3o#67HxdpAlOXls|$PFJq5T<iR*RBsyA+?jAYRL6XB|%E@e7N-NYJLQBW(KKh'
-    'dbo(=nUStcfCuI3#gLuH2)76)&J6zU;ZF&vo|gP6G6mfA#v+vG{Ke*%8-I`<UVu8Be8ZST6{su3<lfKt3@d;ZuIQptaZwiNHn8l=L8Fw'
-    'vSbL~*>xSc=F&<IBMa2YJN`?h-g6af*xg<(;Q)DnLpCZ-y5(^-I@y1|PgAekPBxx$pjs5(YoCZTQpmCtIi!#c(G<4Wn{1BRn2wT22n6o'
-    'ih-Dvq_ghxXO`d@i5eW?!a#lsmT#d{vjOz!imH@_-a>9zhayM&Zlg-6g{!Ke_&*&<cYeula4k)wFfmsVq{`Y6!1d6?P3*Ix{eElq`Lh3'
-    'omm9FsL?_~BiLiEOBFbU~=Pu?}s({GkSnuKg4vyH^0sx)`it79Uh|n}WIQ@eUio_{}Du7Q=RU37;z94ZpyWFJd6es~hj~>SC#)^72+TX'
-    'bNU>_JL>aexPaKVWa1yaTe_4FFt;~1}Hm+DU8qXq<JCYe*tqnxXl')
+    'LM7+O!{{KJ1rz~epYu&rnxA#7eefHUBzs~u8du5D0%ts{Zh%~Q3#StPMZ7Ma!m<E9AM%TgY4FFJyz62#NNv2AKDUPi6*Jz*XNZme~A$1'
+    '=mNdYd6xlBpogweL4ZR5?&IkM(zO{oDS0!g?@1d;HN2qqCiq6>*oqOK&uNOU6+E=6}KdXR{a!jL0H=ug!F`jF^L;_e}$7m3~^?rIw$aS'
+    'w@pYCk@K-hO{CbrJpFu=_}}REAg$Q?eaPq=@V*I<8Vwn)Yb3i*@35eSeB|i^+a-us`;dPM<P1+ix(0z8}<a|28VEO|2u!b`0j(MhZt4;'
+    'nLgf_of>8%PlyD3~-8<Nc`@Nwy}Q**LeC98XoPfaWpYl``Z}E?yYRiaD*NgA3=I7+LOty#gfKtrKF2V6xiMt4oR+Gp|#%zEjKuX>u%v%'
+    '0FFSYR>odWH{5S1>a`j_5w33Vr-tSby<^Bs5{?kzy3aZqtT>!pPYQ>dT+a%}9JYoOW~AQ?U1=v9*d1u<7~a)pO?!Lmau`>dUO{$5`p9m'
+    'DdOP<WuqjI$0WQ^2o08kn(bTs2jqXq?6{r5szCK!|iz+kT>x|f^lk{hD9zM^kHkXg?fxuq^GNo{B!K&U}eDnl7K0vr$6OJI^YEUOKPrz'
+    '|%SF!4&VZ!wt7OaJZd&b)NXm;ah<qmM3X7-sJ9@B%A4}CO9DXiq!gloB_|H%O18X;Uy2p0**^H6>WxuS$)jBo`A$6IQ2Jpfz1r~)PeTj'
+    '`KnP8@WO4-`iWDe|FkO;U|_g=+@nuKfg-dI}5bmSE>ygXjnwQ5QAv*%5L%a3b9Z<i4<PCi`=9FR;rH#Dm>9H|NOmE;!qGt|!8g98yfN^'
+    'bx8?93UR>F(3nw>6ZFFH|g!?Fz)QwmjU3Hx31UR{_Eo0TFC#+K9cF%Q`|Hf5S;=Fh&})c7zy6dfN1cK21KWU0;1=D0-_A6MftC{_)Iw#'
+    '|42)YKOfFC8W3g7Yf;d5G$6VYy|7M~rmQGqt&FmCHD#H5+D6`fT)#!<S)jAr+LO2Erzn40_|JFjcYcOU(9E{|Zra+E+h!y9MOu4yw0pm'
+    'oH-T<)dxjbGuKzZ57-G_4ezcq{B`ksFL^J|o^ha)K1;At*kOXYE86#SeG+9Sj)YP}hV&%;@YCs2^Fzb(v9kii_WXdITOUr(Dne>8Ohz1'
+    '~fDJWpX9s0xk`cK}W|J+_sK$JnX-x>#S{K7Qm2-9ITmT{gj>0W7awA#%h<~WS06qy<zP|;+hpzg8mA1%Z~;<`&Xs`!u<fj}Dq1#RYrZh'
+    '&+fz^O)0$GLm{5pM0lV2+u56p6We&AA}-%{8{rIF+h{6I9(nZrkGAdan$(Z6GFW7z<Bv2X;?!-;LPn?r6vJJa|Uj<mvG`OaqhutcZ+2^'
+    'o+3r5<8AYaTsp&wGzpZ2l!YsW+=+!XiFJ$e3&_Y$Xan#nlr!l<FtZ(gt@|`S+c;fB7#I#1U(ISW>o||pA|8eX3DGxIVdZlOTVm$N`1BK'
+    'YNRvdYNTer8W}mVIg+Fa0VZ%e6yR)*9J@wdA3!4SzK}7^128c__G}*TQi5zAsJWX5_J6K<AO;6w)j+LJ^T2adpyxcOiR**0<UuSMjM>4'
+    '%Pg35)kG*;QA(8+s@8J((WX_QHF4C%@4$rEgByxsI5kHiitA>8qOxGU;+oNC`mP*TI=5Q$%4kvr&aB>t4KO-w_^`ip9>POiEZbH!TbE5'
+    ')YuN^5x-ALRgF{7l68Rd#cBlPLpbC1iG$48&+R{X&Eu~P2{y7T<lK`$C@4L}lY`}wh7*y6_Sfsp}GR`u8g3Wz=p3MjQwbC>Ldqpijr0|'
+    'j{bQen{IjN<f(X3j*P0tF;E5JeKO%VEm2g60-2tkAIbI1UPkG9{H++I`tp1^u*(GW#<onQ8jfBuj5ot0@2aX|CwZBG$TcYi~=*T=F~kH'
+    'O)`-NI#MLEv2TvXQ}JQQLdrGmJcv#?7L=T;d^(`FX~IsFK=4i8uwZ1SqZsHw{9Wp<Yrlp_B&vw7P3l!<xT5$^3&|z(?;pC<7U(GN=eq!'
+    '+_vkw#Wfuiu&vFmmKx?nw5evxM9Aiwy=bC&63sF^xFkU1rwyQRq8VtPz3;b)C9CvKo6VnOZg%Q@YsM5c%unPUMXj+!9eei<dTS6X0ds7'
+    'AdtBE4$(4CFONrYb+|l4(fomYkO$)~PMXeSe1TBN;)Hsu)zB7(2i({i7hj!JPNf_@pv(uWX=uB$nc#~tv_<vcmwU&%6oyoXj$%ws0Lu+'
+    'k?|I8F?W@aZ+<<aq3Zdr#}Dfrcl(Z$x9+|D#<v^ZKj=fEJ|451)h1ciZg6%-EAP0-ySJp~1Wga~qh1PHBm>{KlM0nqOUu7CXpuD?DWSu'
+    '3WnQP8`=C~#_!41hI~CZMxtf;lg6;O;O6CSMTRQa2c8{~Zk1cu7}`hGJv^FF8E{ti1&F0l7<1Zw&39(DtnpL@AcYei;0#&|bt?KfoW`?'
+    'bKJuy0_b{xn!;3kEY>*`kAhDVvbcA({Am<f(BsfQXtxe@a7)3&<Z|)7H3)20H_*>6;-Ti9`A9VpeI0v33?Pm=L3Z{{~!FW{8VmuTj*Z|'
+    '3A#+;FEit)5!JNO-4)RHJ+z$wTcdl}>y2((K%-l;H@bWLs1e_UjqY9#q3;2pEivAGRw7o*-HZbVVcpV1QyP`2mIQB4liCgHFe%GvKi>Z'
+    '_P`A-$2}Ay1wg;N)Mw@*To?1SPPqQxgXjp^0A;8;h{Wg3{|4T@-cj!7iKqNMxYyan3-QPkhAeVqWz5l=U(5A5-Bs(BI94IzjoB6F2l$A'
+    '+>R^z*Z;+=vnOcGQSi;gc`P<<}ug`in;Kx1k!n%M{x8!X7%4=leFRDkc2%cvMlHbE`Apxi!!=FJ7uIyVM9f|5YDL<_2VR8T4wRp&sK4;'
+    '5#@tKjY}XxR&bYW^VTlQ>Ll{F$H~FJl5LH?f!nA7EL8pjDruGxr`r%h6c|-IhVojCd@mf!5{Nx$MW_?jh)V$jpWOd}x-0{%R~-4y_XI#'
+    'T<&-Ongrr=QH~>LEA7;0j8#>01pZ}_;Z+G7bZ(FSnyYTS%KlR#|7=jwhg}!bZ#K*(+q|g(6Ht)C<kMl!}i5sN(Wu}nxIQ5(Cgwxa8(xq'
+    'LF+|}L3dz@4{{T6$ny^fI?ewR`Jird92!$E0eK;@5?h`d1HBxA)=$CU?pZ)rmjNA$f;P_!YW*AhhO%=AHY{SxYz!4tg28m8!8WLR>hFT'
+    'SNyEf}WcJzsnCL@nfs{{znJ%zpn_!1x(1urFJ9si3MlFG=-=nH+xW?9oOKZY#5ZnvvFnAG1KLVpByaOieR|P%C3p%?7hpl8MVyu$)JiZ'
+    ';M0DeCSnvZR!-H$EcrWll&SV%jBl}#?h*As#oA@$r~=m-9@lObw0ARo*#Cm^yA7yDs`?Rk)N1lCPv6W$GbJ}qc^e?d#9VIms?UU+;tIC'
+    'ntoYB;f;BLiZOfO>J{$(UygE`rnNEx};PO7xQ9tVA3!?<;gR{S@BA@|9S|p2<hRRN#i3-B(Z@=w)ad^AP3`D^qL1P__kVPb!4f{t9+PX'
+    'Fd+M5oW6bT?D!ehbo0x=8uE7=YcWy8AQ$jaL(hD@(zVGjKsuaq==<mwBs1C^-08H>r@PUo&mlx9BegQ<AooaV1;~}5z5;TI|Z1_#rSGy'
+    '3+GhAD64UzU946Uw*CCiu-HVn7nj72=Wrret`4qF$4N81*r5&)SqS%i4q@5o*FyNGxGwg=2d!AV_96zqVV$qCU;l)3e#CHo!kcgatG*5'
+    ')c^FZb%4VyE`msoccpR>g1+G9$$Ak(Eks$LQ7h2AXuqiJqhBIrS#<POZdI{^1(`&J1YoL(X5ki)A6<Q2TnWPE57G6M|`3=^>pg9n}4mb'
+    '7m`J8E-{gBrT&9PS%nzJFcf>RE#1{T`S)7S)-DTC%K5e5H-#KLGHVsbfzoB-5;vlf9;B8^;TDc_@AkMR?TfGV_MIxL0^x6=AGzILdVT?'
+    '=8YSX2kQA>I+aHM$|1BY3t^NjIZ;5&9={&e#-JK3tA7dyyv`{*^dn0T#X|D5aVsVhRdOPMk+*XZCSD#GdmwuOTQ20MDjE&Kpn~0x~d@2'
+    ';i(}fb#1=IoOdP^ErE<`5}+edyzCaD>3{HXbKrh{Re^;WHP4;6k7v27M$SPtQ&@Ls!dBmj1#BYjT0a`bJ@n45%?DoRA;)WM+G&Jp<}jG'
+    '2i*Y{h^j;n*TEx3fd=brNGZjM7GSaolf~d$2RZ{wQ_-FaM-@t=@TT+WNu8?#>?laTQ+i?;@jsi41a85~lTi1vZrl)skdh3&%em|Vk|6C'
+    'Tf_f+~<|034z%$+@a4fc3f=q8b3EMZp@yMA)yRkAAj!j^*EpCMtGf6yq-lx}v%SY<N1G~m{Co#D@6(4q(txJa;_2DEM0L|efZx2$x{g^'
+    'fGPdmT^7sJWb8ctz=(AMy>`_E-NuWWNl9Vj>qC=P+QZ-<i@&DXP?*UOwF^7c9}$XeT#3bapEIHkB&;cTH+t-2D7Kuf=qo9k_*J3S;BdA'
+    'va41f!FTY8ch-^t_x;Z9LLzA&nU&P;r@lBL%kPPYsl+J+Nu~E};3O5;>KOk~zv48G-_dWGE<sU5_0MQZWkeqOg^gqql1-`rda`*0%7#*'
+    'Nh-$EyNcaTO2}>p~E-eE>yBF-!<;<a8)vp8avUcov1<&HDa)uF+%XaR62*MSPWAPLj9_$u*Fp$j<EL~mC}hPFwl5BNaa5IeDUoyqHwez'
+    'Y{*v%o;eA|*waeN{i-Zu13W=iA|Mw-{t`e6f)Qo&7}PCC#oVf^vq1%Z)09h9WjJ#h8nEA)3qk4-kTFmRi{W&=5@aOm^-E~Hssfpxaa<A'
+    '`IiF#M+37|CLy;NZgKKJYkW#6S;x27LZ+(klZO*ULIM{YB9$Tgx>z5f7KQ|r>+hc)B7&U(6QMm@=m69^!*_pgCzf=BQ$%oC;I1RTgLk6'
+    'WWs^hL*{cwcz>9BX!G$3EPN2zyeGWIXxD-WGbb3kj(V%d((Xf;kT9F)QDmU>2SC|BX)NXO=BpI~GpOvN;24p+$8K(R)#f?;9y->Yqr?R'
+    'P29zpA=U<*snUitIc%gx_|}TxAz71mcI;5mF(ujh{q|tclOj8zJaBetb3Y()(2?<JmTgdnK!Y@Lt%Q4c>h#fwG}TH8eWK<*p$IXgU{6y'
+    'g9tDD63Td8d1xY3%6<(zXe<P>E=|yhL;^KyOV1n=gKKqrG^Xpc~(eMw%DJCnIcAfWt_v{g$?|O<tHfX&B@ln4+3V%VDvE`U>X}Yc_X?j'
+    'HUOn?cQ>O~)QPcR+2<IKN7|gg)qJ#&laMp<T9HSE2S-0&oG+*vJWe(GsJvXa1ssQ&tqI!v4=kmw;u0X-OEdWDU%MUX9M|X~<08#q%7uB'
+    'jims^~TXm&|w}Vs|HynU5w(bMk%#Z0bmat$qABXEkPo;H3IiHacTvA*Cx&<0+;0EHg=pf&zjE)^NVr@aC;l2A+Nbs#v%_Gy;?aRCz?Z<'
+    '#t9tYaV-4kn|%fei~B7EpRWZdl;TSHVz9XZC&fU_Qzzdu*;wW`jeY$;T7Eaf-Xvg7>VXS9gDQ;xL@FM#U<BeM^(7ZVO+bnzvOCSLKVrQ'
+    'co#E#QY3e~K;PCuo=|3swA~RcREiOMEjOJ&m~v9|Y{V;Zf1GlkK|hYm6LchBI~OrhiSUJR?q%lMq$A5`lK|U^2(nM5B@|<>x`&wGb8G$'
+    'C<{o0u`lzIWZ0BAb$d}n~+G^(}RuI$H&}A&jf0m0d#`Pf94jn3NM+rb0ar={6Lt_8C|<RM1|B&eySnYH<bh_#q;6Pv#a?L%$XUas_Ee('
+    'j%P-?G65cxs~1Cd9wXc$oH#T1yN5p|q<UKNr^pm=*Bgsap7R%*UvB(CdUyfqaPkdf5>=qC5R-d9<1?%PTDYQ%O2tK4pxeN*F9(fM{$lN'
+    '+&aE4cd&YP~{T3AyWGNXI#0jbs_~nu))lHGXw0w$G=SwVr{KXrCRSiDKPm-jmKsWaDXL1@0(SXK*(k{v<>(bC+Yw<&9CL(P4)?m)YV0E'
+    'MAlMx;bCFp<U#q^~*xEBv+loaoIG&8x+uipHsV5Qgk!|W1LY84(qdj+FH9A}GELHilzzDJJYL0?*psp_LZ-{xUv2VZ|NJhn6ysuiy16L'
+    'U<~oZ*Le9VW7&!qEkx>c%>>0rQ6%FuL|rjO<<kH0xrpidlS6&20+ivd24Y1micGfLaXO;U#>kfH(XCOTLJKEU#|7%d3l}iptAd*`O(y$'
+    '=L^<x%+{pfrpKrlg3%FlfU@*^%|h;9HuZn!;|KPi2nt(47cR')
 
 UNICODE_NAMES = "Cn Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co".split()
 UNICODE_CACHE = {}  # name -> ranges, filled when first needed
@@ -1005,7 +1005,7 @@ class Pattern:
                 out += [(0x17f, 0x17f)] if c in "sS" else [(0x212a, 0x212a)] if c in "kK" else []
         return set_union(out)
 
-    def escape(self):
+    def escape(self, inside=False):
         """What follows a backslash: (set, None), or (None, the one code point that it stands for)."""
         c = self.next()
         if c in "pP":
@@ -1019,11 +1019,12 @@ class Pattern:
             found = unicode_property(name)
             return set_complement(found) if negate else found, None
         if c in "sSdDwW":
-            found = {"s": lambda: WHITE_SPACE, "d": lambda: unicode_property("Nd"),  # Oniguruma's \w has 6 more
-                     "w": lambda: word_characters([(0xb2, 0xb3), (0xb9, 0xb9), (0xbc, 0xbe)])}[c.lower()]()
+            found = {"s": lambda: WHITE_SPACE, "d": lambda: unicode_property("Nd"),
+                     # outside of brackets Oniguruma's \w has six more, in them not
+                     "w": lambda: word_characters([] if inside else [(0xb2, 0xb3), (0xb9, 0xb9), (0xbc, 0xbe)])}[c.lower()]()
             return set_complement(found) if c.isupper() else found, None
         if c in "xu":
-            if self.take("{"):
+            if c == "x" and self.take("{"):
                 digits = self.text[self.at:].split("}")[0]
                 self.at += len(digits) + 1
             else:
@@ -1048,7 +1049,7 @@ class Pattern:
             if self.text.startswith("[:", self.at):
                 self.refuse("a POSIX class")
             c = self.next()
-            more, point = (self.bracket(), None) if c == "[" else self.escape() if c == "\\" else (None, ord(c))
+            more, point = (self.bracket(), None) if c == "[" else self.escape(True) if c == "\\" else (None, ord(c))
             if point is not None:
                 last = point
                 if self.text.startswith("-", self.at) and not self.text.startswith("-]", self.at):
@@ -1853,9 +1854,9 @@ CHAT_TESTS = {
 CHAT_TEST_OPERATORS = {"equalto": "==", "eq": "==", "==": "==", "ne": "!=", "lt": "<", "gt": ">", "le": "<=",
                        "ge": ">=", "in": "in"}
 CHAT_OPERATORS = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.floordiv,
-    "%": operator.mod, "in": lambda a, b: a in b, "not in": lambda a, b: a not in b}
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
+    ">=": operator.ge, "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "//": operator.floordiv, "%": operator.mod, "in": lambda a, b: a in b, "not in": lambda a, b: a not in b}
 
 
 class ChatTemplate:
@@ -1873,7 +1874,8 @@ class ChatTemplate:
     def render(self, messages, special, add_generation_prompt=True):
         """What transformers' apply_chat_template gives."""
         scope = {name: text for name, text in special.items() if text is not None}
-        scope.update(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+        scope.update(messages=messages, tools=None, documents=None,
+                     add_generation_prompt=add_generation_prompt,
                      raise_exception=ChatFunction(self.raised), range=ChatFunction(self.range),
                      namespace=ChatFunction(ChatNames), dict=ChatFunction(dict))
         self.size, out = 0, []
@@ -2055,8 +2057,9 @@ class ChatTemplate:
             values = [v for v in values if not test or test(self.bind(dict(scope), names, v))]
             count, around = len(values), [CHAT_UNDEFINED] + values + [CHAT_UNDEFINED]
             for i, value in enumerate(values):
-                place = ChatNames(index=i + 1, index0=i, revindex=count - i, revindex0=count - i - 1, length=count,
-                                  first=i == 0, last=i == count - 1, previtem=around[i], nextitem=around[i + 2])
+                place = ChatNames(index=i + 1, index0=i, revindex=count - i, revindex0=count - i - 1,
+                                  length=count, first=i == 0, last=i == count - 1,
+                                  previtem=around[i], nextitem=around[i + 2])
                 if self.run(body, self.bind(dict(scope, loop=place), names, value), out) == "break":
                     break
             return None if values else self.run(other, scope, out)
@@ -2144,8 +2147,8 @@ class ChatTemplate:
             elif self.word("is"):
                 rule, name = self.test_not if self.word("not") else self.test, self.need("name")
                 args = self.arguments()
-                if self.tokens[self.next][0] in ("name", "string", "int", "float") and not self.peek(
-                        "else", "or", "and", "if", "is", "not", "in"):
+                kind = self.tokens[self.next][0]
+                if self.peek("[", "{") or kind not in ("op", "end") and not self.peek("else", "or", "and"):
                     args = ([self.postfix(self.primary())], {})
                 value = self.applied(rule, name, value, *args)
             else:
@@ -2463,7 +2466,7 @@ def chat_candidates(program, special, mark):
             bos = special.get("bos_token") or ""
             if not default and join.endswith(full[1]) and join != full[1]:
                 continue                        # the system text stands alone: none is an empty one
-            lead = bos if full[0].startswith(bos) else ""
+            lead = bos if full[0].startswith(bos) and not user.startswith(bos) else ""
             tidy = (-1 - shared(user, full[0][len(lead):]), i < closing, abs(i - closing))
             if full[1].endswith(user):
                 add(tidy, lead, place="start", before=full[0][len(lead):], default=default,
@@ -2477,10 +2480,10 @@ def chat_candidates(program, special, mark):
 
 
 CHAT_TEXTS = (
-    "a", "", "B c", " ", "  lead", "trail \n\n", "\n\nboth\n", "{{ x }} {% if %} {# y #}", "'\"\\n\\", "1\r\n\t2\n3",
-    "<|im_end|>\n<|im_start|>user", "\u00e9 \u6f22\u5b57 \U0001f642\u00a0", "\u3000a\x1f", "\u200bz\ufeff",
-    "[INST] </s> <s> [/INST]", "<think>\nhm\n</think>\n\nyes", "<think>a</think>b</think>c\n", "<think>open",
-    "UPPER lower Title")
+    "a", "", "B c", " ", "  lead", "trail \n\n", "\n\nboth\n", "{{ x }} {% if %} {# y #}", "'\"\\n\\",
+    "1\r\n\t2\n3", "<|im_end|>\n<|im_start|>user", "\u00e9 \u6f22 \U0001f642\u00a0", "\u3000a\x1f",
+    "\u200bz\ufeff", "[INST] </s> <s> [/INST]", "<think>\nhm\n</think>\n\nyes", "<think>open",
+    "<think>a</think>b</think>c\n", "UPPER lower Title")
 
 
 def chat_probes(literals):
@@ -2509,7 +2512,7 @@ def chat_from_template(template, special):
         want, have = program.render(messages, special), render_format(chat, messages)
         if want != have:
             at = next((i for i, (a, b) in enumerate(zip(want, have)) if a != b), min(len(want), len(have)))
-            return "the chat template writes %r where fixed strings around the texts give %r (%d messages)" % (
+            return "the chat template writes %r where fixed strings can only give %r (%d messages)" % (
                 want[max(0, at - 12):at + 24], have[max(0, at - 12):at + 24], len(messages))
 
     def agreeing(options, probes):
@@ -2530,7 +2533,7 @@ def chat_from_template(template, special):
     for messages in chat_probes(program.literals):
         if system or messages[0]["role"] != "system":
             what = difference(chat, messages)
-        else:                                   # no place for a system text: it must be refused or dropped always
+        else:                                   # no place for a system text: always refused or dropped
             try:
                 what = difference(chat, messages)
             except ChatRaised:
