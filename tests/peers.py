@@ -87,9 +87,10 @@ def llama_cpp_source(work):
     if not os.path.isdir(folder):
         archive = package(LLAMA_CPP, work, "--no-binary", "llama-cpp-python")
         with tarfile.open(archive) as tar:
-            members = [m for m in tar.getmembers() if "/vendor/llama.cpp/" in m.name and not m.issym()]
+            inside = re.compile("[^/]+/vendor/llama.cpp/(.+)")
+            members = [m for m in tar.getmembers() if inside.match(m.name) and not m.issym()]
             for member in members:
-                member.name = member.name.split("/vendor/llama.cpp/", 1)[1]
+                member.name = inside.match(member.name).group(1)
             partial = folder + ".partial"
             shutil.rmtree(partial, ignore_errors=True)
             safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
