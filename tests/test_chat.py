@@ -204,9 +204,11 @@ class Hostile(unittest.TestCase):
 
     def test_every_limit_is_its_own(self):
         for text, reason in (
-                (GROW + "{{ ns.s }}" * 3, "writes too much"), (GROW + "{{ ns.s.replace('a', 'aaa') }}", "too large"),
+                (GROW + "{{ ns.s }}" * 3, "writes too much"),
+                (GROW + "{{ ns.s.replace('a', 'aaa') }}", "too large"),
                 ("{% for i in range(9000) %}" + "{{ i ~ i }}" * 9 + "{% endfor %}", "takes too long"),
-                ("{{ messages.__len__() }}", "'__len__' of a value"), ("{{ 'a'.center(9) }}", "method 'center'"),
+                ("{{ messages.__len__() }}", "'__len__' of a value"),
+                ("{{ 'a'.center(9) }}", "method 'center'"),
                 ("{{ [[[[[[[[[[1]]]]]]]]]] }}", "too deeply"), ("{{ raise_exception('why') }}", "says: why")):
             with self.assertRaises(Refused, msg=text) as raised:
                 ChatTemplate(text).render(EXPECTED["conversations"][3], SPECIAL)
