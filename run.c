@@ -3524,7 +3524,7 @@ static int write_model(const char *out, const struct container *c, struct planne
 
      LANES       floats in a vector: 4, 8 or 16
      fma_v       a * b + c, rounded once
-     halves      LANES half-precision numbers as floats
+     halves      LANES half-precision numbers as floats; shifted: LANES bfloat16 ones
      dot_u4      32 columns: eight vectors of 4-bit weights (one lane = one row, 4 columns each)
                  times 32 int8 activations, summed exactly
      dot_i8      the same for 8-bit weights
@@ -3545,11 +3545,9 @@ TARGET_BEGIN(KERNELS_TARGET)
 #define vf SET(vf)      /* LANES floats */
 #define vi SET(vi)      /* LANES 32-bit integers */
 #define vb SET(vb)      /* as many bytes */
-#define vh SET(vh)      /* LANES 16-bit integers */
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef uint8_t vb __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
-typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 
 /* Four bytes in every lane. */
 INLINE vb SET(four)(const int8_t *x)
@@ -3565,11 +3563,13 @@ INLINE vb SET(four)(const int8_t *x)
 
 INLINE vf SET(fma_v)(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE vf SET(halves)(const void *at) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(at)); }
+INLINE vf SET(shifted)(const void *at) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at)), 16); }
 
 #elif defined KERNELS_AVX512
 
 INLINE vf SET(fma_v)(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE vf SET(halves)(const void *at) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(at)); }
+INLINE vf SET(shifted)(const void *at) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(at)), 16); }
 
 #elif defined KERNELS_NEON || defined KERNELS_DOTPROD
 
@@ -3579,6 +3579,12 @@ INLINE vf SET(halves)(const void *at)
     uint16x4_t bits;
     memcpy(&bits, at, sizeof bits);
     return (vf)vcvt_f32_f16(vreinterpret_f16_u16(bits));
+}
+INLINE vf SET(shifted)(const void *at)
+{
+    uint16x4_t bits;
+    memcpy(&bits, at, sizeof bits);
+    return (vf)vshll_n_u16(bits, 16);
 }
 
 #endif
@@ -3713,6 +3719,7 @@ INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const st
                     }
                 }
                 vf d = SET(halves)(scales), m = type == Q4A ? SET(halves)(scales + 64) : (vf){ 0 };
+                __asm__ volatile("" ::: "memory"); /* or the compiler keeps all of q for the next part */
                 for (int r = 0; r < n; r++) {
                     vi isum = type == Q8 ? SET(dot_i8)(weights, q + GROUP * r, sum[r])
                                          : SET(dot_u4)(weights, q + GROUP * r, sum[r]);
@@ -3761,7 +3768,7 @@ INLINE vf SET(weights)(const unsigned char *data, size_t i, const enum type type
         return *(const vf *)(data + 4 * i);
     if (type == F16)
         return SET(halves)(data + 2 * i);
-    return (vf)(__builtin_convertvector(*(const vh *)(data + 2 * i), vi) << 16);
+    return SET(shifted)(data + 2 * i);
 }
 
 /* ROWS x n dot products: sixteen partial sums each, in PARTS vectors. [N3] */
@@ -3933,7 +3940,6 @@ static const struct kernels SET(kernels) = {
 #undef vf
 #undef vi
 #undef vb
-#undef vh
 #undef INSTANTIATE_SET
 #undef RUN_KERNELS
 #undef KERNELS_AVX2
@@ -4392,6 +4398,7 @@ static size_t space_at(const char *s, size_t left)
 }
 
 struct rendering {
+    const run_model *model;
     tokenizer_span *spans;
     int n, broken;
 };
@@ -4406,74 +4413,98 @@ static void add_span(struct rendering *r, const char *text, size_t length, int t
         r->spans[r->n++] = (tokenizer_span){ text, length, trusted };
 }
 
-static void add_fixed(struct rendering *r, const run_model *m, const char *key)
+static void add_fixed(struct rendering *r, const char *key)
 {
-    const char *text = format_text(m, key);
+    const char *text = format_text(r->model, key);
     add_span(r, text, strlen(text), 1);
 }
 
-/* What somebody said, cut as the model's template cuts it. */
-static void add_said(struct rendering *r, const run_model *m, const struct message *message)
+/* Strips white space from the rendering's end back to span `from`, and from there on, if the format
+   trims texts of this kind. */
+static void trim_spans(struct rendering *r, int from, const char *kind)
 {
-    static const char *const roles[] = { "system", "user", "assistant" };
-    const char *text = message->text, *end = text + message->length, *think = run_text(m, "chat.think.end");
-    size_t n;
-    if (message->role == ASSISTANT && think && *think) {
-        for (size_t skip = strlen(think), at = message->length; at >= skip; at--)
-            if (!memcmp(message->text + at - skip, think, skip)) {
-                for (text += at; text < end && *text == '\n';)
-                    text++;
-                break;
-            }
+    if (r->broken || !strstr(format_text(r->model, "chat.trim"), kind))
+        return;
+    for (int i = from; i < r->n; i++) {
+        tokenizer_span *s = &r->spans[i];
+        for (size_t n; (n = space_at(s->text, s->length)) > 0; s->text += n)
+            s->length -= n;
+        if (s->length)
+            break;
     }
-    if (strstr(format_text(m, "chat.trim"), roles[message->role])) {
-        while (text < end && (n = space_at(text, (size_t)(end - text))) > 0)
-            text += n;
-        for (n = 1; n <= 3 && end - text >= (ptrdiff_t)n;)
-            if (space_at(end - n, n) == n)
-                end -= n, n = 1;
+    for (int i = r->n - 1; i >= from; i--) {
+        tokenizer_span *s = &r->spans[i];
+        for (size_t n = 1; n <= 3 && n <= s->length;)
+            if (space_at(s->text + s->length - n, n) == n)
+                s->length -= n, n = 1;
             else
                 n++;
+        if (s->length)
+            break;
     }
-    add_span(r, text, (size_t)(end - text), 0);
 }
 
-/* begin, system, turns, and the beginning of the answer. */
+/* Of an answer in the history, what follows the thinking. */
+static void cut_thinking(struct rendering *r, int from)
+{
+    const char *end = run_text(r->model, "chat.think.end"), *trim = format_text(r->model, "chat.think.trim");
+    tokenizer_span *s = &r->spans[from];
+    size_t skip = end ? strlen(end) : 0;
+    if (r->broken || from == r->n || !skip)
+        return;
+    for (size_t at = s->length; at >= skip; at--)
+        if (!memcmp(s->text + at - skip, end, skip)) {
+            s->text += at;
+            s->length -= at;
+            while (!strcmp(trim, "newlines") && s->length && *s->text == '\n')
+                s->text++, s->length--;
+            if (!strcmp(trim, "space"))
+                trim_spans(r, from, "");
+            break;
+        }
+}
+
+static void add_system(struct rendering *r, const struct message *system)
+{
+    add_fixed(r, "chat.system.before");
+    int from = r->n;
+    add_span(r, system->text, system->length, 0);
+    trim_spans(r, from, "system");
+    add_fixed(r, "chat.system.after");
+}
+
+/* begin, system, turns, and the beginning of the answer. An empty system prompt is none. */
 static int render_chat(const struct chat *c, struct rendering *r)
 {
-    const run_model *m = c->model;
-    const char *place = format_text(m, "chat.system.place");
-    struct message standard = { SYSTEM, NULL, 0 };
-    const struct message *system = c->n && c->messages[0].role == SYSTEM ? &c->messages[0] : NULL;
-    int last = c->n - 1, first = 1;
-    if (!system && run_text(m, "chat.system.default")) {
-        standard.text = (char *)(uintptr_t)run_text(m, "chat.system.default");
-        standard.length = strlen(standard.text);
-        system = &standard;
-    }
-    memset(r, 0, sizeof *r);
-    add_fixed(r, m, "chat.begin");
-    if (system && !strcmp(place, "start")) {
-        add_fixed(r, m, "chat.system.before");
-        add_said(r, m, system);
-        add_fixed(r, m, "chat.system.after");
-    }
+    const char *place = format_text(c->model, "chat.system.place"), *standard = run_text(c->model, "chat.system.default");
+    struct message default_system = { SYSTEM, (char *)(uintptr_t)standard, standard ? strlen(standard) : 0 };
+    const struct message *system = standard ? &default_system : NULL;
+    int turns = 0;
+    *r = (struct rendering){ .model = c->model };
+    if (c->n && c->messages[0].role == SYSTEM && c->messages[0].length)
+        system = &c->messages[0];
+    add_fixed(r, "chat.begin");
+    if (system && !strcmp(place, "start"))
+        add_system(r, system);
     for (int i = 0; i < c->n; i++) {
-        const struct message *message = &c->messages[i];
-        if (message->role == SYSTEM)
+        const struct message *m = &c->messages[i];
+        if (m->role == SYSTEM)
             continue;
-        add_fixed(r, m, message->role == USER ? "chat.user.before" : "chat.assistant.before");
-        if (message->role == USER && system && ((first && !strcmp(place, "first")) || (i == last && !strcmp(place, "last")))) {
-            add_fixed(r, m, "chat.system.before");
-            add_said(r, m, system);
-            add_fixed(r, m, "chat.system.after");
-        }
-        if (message->role == USER)
-            first = 0;
-        add_said(r, m, message);
-        add_fixed(r, m, message->role == USER ? "chat.user.after" : "chat.assistant.after");
+        add_fixed(r, m->role == USER ? "chat.user.before" : "chat.assistant.before");
+        int begin = r->n;
+        if (system && ((turns == 0 && !strcmp(place, "first")) || (i == c->n - 1 && !strcmp(place, "last"))))
+            add_system(r, system);
+        int said = r->n;
+        add_span(r, m->text, m->length, 0);
+        trim_spans(r, said, m->role == USER ? "user" : "assistant");
+        if (m->role == USER)
+            trim_spans(r, begin, "turn");
+        else
+            cut_thinking(r, said);
+        add_fixed(r, m->role == USER ? "chat.user.after" : "chat.assistant.after");
+        turns++;
     }
-    add_fixed(r, m, "chat.generate");
+    add_fixed(r, "chat.generate");
     return r->broken ? -1 : 0;
 }
 
