@@ -1,7 +1,9 @@
-/* Drives tokenizer.c for test_tokenizer.py: reads a tokenizer from a file of its own simple format (see load), then
+/* Drives tokenizer.c for test_tokenizer.py. It reads a tokenizer from a file in a format of its
+own (see load), then
 
     tokenizer_driver FILE              answers requests on standard input: encode spans, decode ids
-    tokenizer_driver FILE fuzz N SEED  opens N damaged copies of it; each must be refused with a sentence or work
+    tokenizer_driver FILE fuzz N SEED  opens N damaged copies; each must be refused with a sentence,
+                                       or work
 
 All numbers are little-endian. Exit status 1 and a sentence if the tokenizer cannot be opened. */
 #include "../tokenizer.c"
@@ -77,16 +79,19 @@ static size_t decode(const tokenizer *t, const int *ids, int n, char **out, uint
             room = 2 * (room + piece);
             *out = realloc(*out, room);
         }
-        size += i < n ? tokenizer_stream_put(t, &stream, ids[i], *out + size) : tokenizer_stream_end(&stream, *out + size);
+        size += i < n ? tokenizer_stream_put(t, &stream, ids[i], *out + size)
+                      : tokenizer_stream_end(&stream, *out + size);
         if (ends) ends[i] = (uint32_t)size;
     }
     return size;
 }
 
-/* A request: 'e' encode one text of several spans (u32 trusted, u32 length, bytes each); 'b' encode texts (u32 length,
-   bytes each), untrusted, each on its own; 'r' the same, and decode them again; 'd' decode ids; 's' the same with one
-   answer for every id and one for the end. Then u32 count of the spans, texts or ids, u32 size of all that follows, and that. An answer: u32 count of ids and the ids, or u32 length
-   and the bytes, one after the other. The whole request is read before the answer begins. */
+/* A request: 'e' encode one text of several spans (u32 trusted, u32 length, bytes each); 'b' encode
+   texts (u32 length, bytes each), untrusted, each on its own; 'r' the same, and decode them again;
+   'd' decode ids; 's' the same with one answer for every id and one for the end. Then u32 count of
+   the spans, texts or ids, u32 size of all that follows, and that. An answer: u32 count of ids and
+   the ids, or u32 length and the bytes, one after the other. The whole request is read before the
+   answer begins. */
 static void serve(const tokenizer *t) {
     for (int request; (request = getchar()) != EOF; fflush(stdout)) {
         uint32_t n = get_u32(stdin), size = get_u32(stdin), length, trusted = 0;
@@ -109,7 +114,8 @@ static void serve(const tokenizer *t) {
                 fwrite(ids, 4, (size_t)n_ids, stdout);
             } else {
                 char *out;
-                uint32_t *ends = calloc(n + 1, 4), all = (uint32_t)decode(t, ids, n_ids, &out, given ? ends : NULL);
+                uint32_t *ends = calloc(n + 1, 4),
+                         all = (uint32_t)decode(t, ids, n_ids, &out, given ? ends : NULL);
                 for (uint32_t k = request == 's' ? 0 : n, begin = 0; k <= n; begin = ends[k++]) {
                     length = request == 's' ? ends[k] - begin : all;
                     fwrite(&length, 4, 1, stdout);
@@ -131,16 +137,18 @@ static uint32_t draw(uint32_t n) { /* 0..n-1 */
     return (uint32_t)((seed >> 33) % n);
 }
 
-/* Damages one entry; the copy has its exact size, so that a sanitizer sees the first byte beyond. */
+/* Damages one entry; the copy has its exact size: a sanitizer sees the byte beyond. */
 static void damage(entry *e) {
     size_t size = e->size, keep = draw(4) ? size : draw((uint32_t)size + 1);
     unsigned char *copy = malloc(keep + !e->dtype[0]);
     memcpy(copy, e->data, keep);
     if (!e->dtype[0]) copy[keep] = 0;
     for (int k = (int)draw(4); keep && k >= 0; k--) {
-        static const int32_t values[] = {-1, 0, 1, 2, 255, 256, 65535, 0x10ffff, 0x110000, INT_MAX, INT_MIN};
+        static const int32_t values[] = {-1,    0,        1,        2,       255,    256,
+                                         65535, 0x10ffff, 0x110000, INT_MAX, INT_MIN};
         int32_t value = draw(3) ? values[draw(11)] : (int32_t)draw(1000);
-        if (e->dtype[0] == 'I' && keep >= 4 && draw(2)) memcpy(copy + draw((uint32_t)(keep / 4)) * 4, &value, 4);
+        if (e->dtype[0] == 'I' && keep >= 4 && draw(2))
+            memcpy(copy + draw((uint32_t)(keep / 4)) * 4, &value, 4);
         else copy[draw((uint32_t)keep)] = (unsigned char)draw(256);
     }
     e->data = copy, e->size = keep;
@@ -156,7 +164,8 @@ static void fuzz(int vocab, int n) {
         tokenizer *t = open_entries(draw(30) ? vocab : (int)draw(1000) - 5, error, sizeof error);
         if (!t && (!error[0] || !strchr(error, ' '))) die("refused without a sentence");
         if (t) {
-            static const char sample[] = "<|im_start|>Hello  world's 123\xc3\xa9\xcc\x81 \xf0\x9f\x98\x80\xff\0 <s>\n\n x";
+            static const char sample[] =
+                "<|im_start|>Hello  world's 123\xc3\xa9\xcc\x81 \xf0\x9f\x98\x80\xff\0 <s>\n\n x";
             tokenizer_span spans[2] = {{sample, sizeof sample, 1}, {sample, sizeof sample, 0}};
             char *out;
             int *ids, n_ids, all[64];
