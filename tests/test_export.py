@@ -36,7 +36,7 @@ class Hang(BaseException):
 
 
 def main(*arguments, seconds=20):
-    """export.py in this process: (status, stdout, stderr). Fails on a traceback, a hang, an exhausted memory."""
+    """export.py in this process: (status, stdout, stderr). Fails on a traceback, a hang, lack of memory."""
     def late(*_):
         raise Hang("export.py %s takes too long" % (arguments,))
     out, err = io.StringIO(), io.StringIO()
@@ -79,7 +79,8 @@ DIM, HIDDEN, LAYERS, HEADS, KV, SIZE, VOCAB = 8, 12, 2, 4, 2, 2, 10
 
 def config(kind="llama", **changes):
     c = {"model_type": kind, "architectures": ["X"], "hidden_size": DIM, "intermediate_size": HIDDEN,
-         "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV, "head_dim": SIZE,
+         "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV,
+         "head_dim": SIZE,
          "vocab_size": VOCAB, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 5000.0,
          "hidden_act": "silu", "tie_word_embeddings": False, "eos_token_id": 2, "bos_token_id": 1,
          "sliding_window": None}
@@ -88,14 +89,15 @@ def config(kind="llama", **changes):
 
 
 OUR_LAYER = [("attn_norm", "input_layernorm", (DIM,)), ("attn_q", "self_attn.q_proj", (HEADS * SIZE, DIM)),
-             ("attn_k", "self_attn.k_proj", (KV * SIZE, DIM)), ("attn_v", "self_attn.v_proj", (KV * SIZE, DIM)),
+             ("attn_k", "self_attn.k_proj", (KV * SIZE, DIM)),
+             ("attn_v", "self_attn.v_proj", (KV * SIZE, DIM)),
              ("attn_output", "self_attn.o_proj", (DIM, HEADS * SIZE)),
              ("ffn_norm", "post_attention_layernorm", (DIM,)), ("ffn_gate", "mlp.gate_proj", (HIDDEN, DIM)),
              ("ffn_up", "mlp.up_proj", (HIDDEN, DIM)), ("ffn_down", "mlp.down_proj", (DIM, HIDDEN))]
 
 
 def weights(ours=False, dtype="F32", extra=(), layers=LAYERS, scale=1):
-    """{name: (dtype, shape, values)} in the names of Hugging Face or ours; extra: (ours, theirs, shape) a layer."""
+    """{name: (dtype, shape, values)}, ours or Hugging Face's; extra: (ours, theirs, shape) a layer."""
     out, seed = {}, 1
 
     def add(name, theirs, shape):
@@ -132,12 +134,14 @@ def tokenizer_json(n=VOCAB):
     vocab["ab"] = len(vocab)
     added = [{"id": len(vocab) + i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": True} for i, t in enumerate(["<s>", "</s>", "<eot>"])]
-    split = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\s+(?!\\S)|[^\\p{N}]+"}, "behavior": "Isolated",
+    split = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\s+(?!\\S)|[^\\p{N}]+"},
+             "behavior": "Isolated",
              "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                        "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
                       "merges": [["a", "b"]]}}
@@ -162,7 +166,8 @@ def get(path):
 def hf_folder(name, cfg=None, tensors=None, tokenizer=None, generation=None, tokenizer_config=None):
     folder = fresh_folder("export", name)
     dump(os.path.join(folder, "config.json"), cfg or config())
-    write_safetensors(os.path.join(folder, "model.safetensors"), {"format": "pt"}, stored(tensors or weights()))
+    write_safetensors(os.path.join(folder, "model.safetensors"), {"format": "pt"},
+                      stored(tensors or weights()))
     for file, value in (("tokenizer.json", tokenizer), ("generation_config.json", generation),
                         ("tokenizer_config.json", tokenizer_config)):
         if value is not None:
@@ -198,7 +203,8 @@ def gguf_bytes(pairs, tensors, version=3):
         out += gguf_string(key) + struct.pack("<I", kind) + data
     at, body = 0, b""
     for name, (kind, shape, data) in tensors.items():
-        out += gguf_string(name) + struct.pack("<I", len(shape)) + struct.pack("<%dQ" % len(shape), *shape[::-1])
+        out += gguf_string(name) + struct.pack("<I", len(shape)) + struct.pack("<%dQ" % len(shape),
+                                                                               *shape[::-1])
         out += struct.pack("<IQ", kind, at)
         body += data + bytes(-len(data) % 32)
         at = len(body)
@@ -206,7 +212,8 @@ def gguf_bytes(pairs, tensors, version=3):
 
 
 def gguf_pairs(arch="llama", **changes):
-    p = {"general.architecture": arch, "general.name": "tiny", "general.license": "mit", arch + ".block_count": LAYERS,
+    p = {"general.architecture": arch, "general.name": "tiny", "general.license": "mit",
+         arch + ".block_count": LAYERS,
          arch + ".context_length": 64, arch + ".embedding_length": DIM, arch + ".feed_forward_length": HIDDEN,
          arch + ".attention.head_count": HEADS, arch + ".attention.head_count_kv": KV,
          arch + ".rope.freq_base": 5000.0, arch + ".attention.layer_norm_rms_epsilon": 0.5,
@@ -219,7 +226,8 @@ def gguf_tokenizer():
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
             "tokenizer.ggml.tokens": ["<s>", "</s>", "<eot>", "a", "b", "ab", "c", "d", "e", "\u0120"],
             "tokenizer.ggml.token_type": [(5, struct.pack("<i", 3))] * 3 + [(5, struct.pack("<i", 1))] * 7,
-            "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1,
+            "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.bos_token_id": 0,
+            "tokenizer.ggml.eos_token_id": 1,
             "tokenizer.ggml.eot_token_id": 2}
 
 
@@ -321,7 +329,7 @@ class Export(unittest.TestCase):
                 self.assertEqual(m.tensors[name][2], CODES[dtype](values), name)
             else:
                 rounded = {"F16": lambda v: struct.unpack("<e", struct.pack("<e", v))[0],
-                           "BF16": lambda v: struct.unpack("<f", b"\0\0" + struct.pack("<f", v)[2:])[0]}[dtype]
+                           "BF16": lambda v: struct.unpack("<f", b"\0\0" + bf16([v]))[0]}[dtype]
                 self.assertEqual(m.floats(name), [rounded(v) for v in values], name)
         rest = {n for n in m.tensors if not n.startswith(("pad.", "tokenizer."))} - set(expected)
         self.assertLessEqual(rest, {"rope.freqs"})
@@ -346,8 +354,10 @@ class Sources(Export):
                     self.assertNotIn("ggml.output_norm.weight", m.metadata)
                     for key, want in (("dim", "8"), ("hidden_dim", "12"), ("n_layers", "2"), ("n_heads", "4"),
                                       ("n_kv_heads", "2"), ("vocab_size", "10"), ("context_length", "64"),
-                                      ("rope.pairing", "interleaved"), ("token.bos", "1"), ("token.add_bos", "1"),
-                                      ("token.eos", "1 2"), ("tokenizer.merge", "score"), ("norm.eps", "1e-05")):
+                                      ("rope.pairing", "interleaved"), ("token.bos", "1"),
+                                      ("token.add_bos", "1"),
+                                      ("token.eos", "1 2"), ("tokenizer.merge", "score"),
+                                      ("norm.eps", "1e-05")):
                         self.assertEqual(m.metadata.get(key), want, key)
                     self.assertEqual(m.tensors["tokenizer.bytes"][2], b"<unk><s></s>Aabab cd")
 
@@ -365,7 +375,8 @@ class Sources(Export):
 
     def test_the_shipped_model(self):
         m = self.sound(common.STORIES)
-        self.assertEqual((m.metadata["dim"], m.metadata["license"], m.metadata["token.eos"]), ("64", "MIT", "1 2"))
+        self.assertEqual((m.metadata["dim"], m.metadata["license"], m.metadata["token.eos"]),
+                         ("64", "MIT", "1 2"))
 
     def test_hugging_face_llama(self):
         for dtype in ("F32", "F16", "BF16"):
@@ -410,7 +421,7 @@ class Sources(Export):
         ]
         for kind, changes, extra, meta in cases:
             with self.subTest(kind=kind, changes=changes):
-                if extra is None:                       # as many key heads as query heads: another shape of weights
+                if extra is None:                       # as many key heads as query heads: another shape
                     self.refused("k_proj", hf_folder("hf", config(kind, **changes)))
                     continue
                 m = self.good(hf_folder("hf", config(kind, **changes), weights(extra=extra)))
@@ -436,7 +447,8 @@ class Sources(Export):
         same = dict(w, **{"lm_head.weight": w["model.embed_tokens.weight"]})
         none = {n: t for n, t in w.items() if n != "lm_head.weight"}
         tied = config(tie_word_embeddings=True)
-        for cfg, tensors, own in ((tied, none, False), (tied, same, False), (config(), same, False), (config(), w, True)):
+        for cfg, tensors, own in ((tied, none, False), (tied, same, False), (config(), same, False),
+                                  (config(), w, True)):
             m = self.good(hf_folder("hf", cfg, tensors))
             self.assertEqual("output.weight" in m.tensors, own)
         os.remove(self.out)
@@ -476,7 +488,8 @@ class Sources(Export):
         for name in ("../outside/x.safetensors", outside, "..", "a/b.safetensors", "a\\b.safetensors",
                      ".hidden.safetensors", "x.safetensors\n", "x.bin", ""):
             with self.subTest(name=name):
-                self.refused("no name of a file", self.shards(["ok.safetensors"], {"weight_map": {"a": name}}))
+                self.refused("no name of a file",
+                             self.shards(["ok.safetensors"], {"weight_map": {"a": name}}))
 
     def test_safetensors_file_with_its_config_beside_it(self):
         folder = hf_folder("hf")
@@ -500,11 +513,13 @@ class Sources(Export):
                     for i in range(LAYERS):
                         tensors["blk.%d.attn_q.bias" % i] = (0, (HEADS * SIZE,), f32([0.5] * HEADS * SIZE))
                 source = put(os.path.join(fresh_folder("export", "gguf"), "x.gguf"),
-                             gguf_bytes(dict(gguf_pairs(arch), **gguf_tokenizer()), tensors, 2 + (arch == "qwen3")))
+                             gguf_bytes(dict(gguf_pairs(arch), **gguf_tokenizer()), tensors,
+                                        2 + (arch == "qwen3")))
                 m = self.good(source)
                 for name, (_, shape, data) in tensors.items():
                     self.assertEqual(m.tensors[name], ("F32", list(shape), data), name)
-                for key, want in (("rope.pairing", pairing), ("norm.eps", "0.5"), ("name", "tiny"), ("license", "mit"),
+                for key, want in (("rope.pairing", pairing), ("norm.eps", "0.5"), ("name", "tiny"),
+                                  ("license", "mit"),
                                   ("token.eos", "1 2"), ("token.bos", "0"), ("tokenizer.merge", "rank"),
                                   ("rope.base", "5000.0"), ("architecture", arch)):
                     self.assertEqual(m.metadata.get(key), want, key)
@@ -512,8 +527,10 @@ class Sources(Export):
     def quantised(self):
         """A GGUF file whose matrices are blocks: (path, {name: (type, rows, cols, bytes)})."""
         r, raw, tensors = random.Random(3), {}, {}
-        kinds = [("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24), ("Q8_0", 8, 32, 34),
-                 ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144), ("Q5_K", 13, 256, 176),
+        kinds = [("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24),
+                 ("Q8_0", 8, 32, 34),
+                 ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144),
+                 ("Q5_K", 13, 256, 176),
                  ("Q6_K", 14, 256, 210), ("IQ4_NL", 20, 32, 18), ("IQ4_XS", 23, 256, 136)]
         dim = 256
         shapes = {"attn_q": (dim, dim), "attn_k": (dim, dim), "attn_v": (dim, dim), "attn_output": (dim, dim),
@@ -528,7 +545,8 @@ class Sources(Export):
                 raw["blk.%d.%s.weight" % (i, name)] = (kind, rows, cols, data)
         tensors["token_embd.weight"] = (30, (3, dim), bf16(numbers(3 * dim, 1)))
         tensors["output_norm.weight"] = (0, (dim,), f32([1.0] * dim))
-        p = gguf_pairs(llama__embedding_length=dim, llama__feed_forward_length=dim, llama__attention__head_count=4,
+        p = gguf_pairs(llama__embedding_length=dim, llama__feed_forward_length=dim,
+                       llama__attention__head_count=4,
                        llama__attention__head_count_kv=4, llama__attention__key_length=None,
                        llama__attention__value_length=None)
         return put(os.path.join(fresh_folder("export", "gguf"), "q.gguf"), gguf_bytes(p, tensors)), raw
@@ -595,14 +613,14 @@ class Sources(Export):
         os.remove(self.out)
         with zipfile.ZipFile(path, "w") as z:
             z.writestr("archive/data.pkl", "x")
-        self.refused("unpickled", path)
+        self.refused("unpickling", path)
         with zipfile.ZipFile(path, "w") as z:
             z.writestr("a.gguf", data)
             z.writestr("b.gguf", data)
         self.refused("2 GGUF files", path)
 
     def test_fixture_models_agree(self):
-        """A model as a folder and as a GGUF file: the same tensors, but for the rows of q and k of a llama."""
+        """A model as a folder and as a GGUF file: the same tensors, but for q and k of a llama."""
         for name in ("llama3", "llama_odd", "qwen2", "qwen3"):
             folder = os.path.join(common.FIXTURES, "models", name)
             a = self.good(folder)
@@ -639,7 +657,8 @@ class Sources(Export):
         small = stored(weights())
         del small["lm_head.weight"], small["model.embed_tokens.weight"]
         path = os.path.join(folder, "model.safetensors")
-        header, at = {"model.embed_tokens.weight": {"dtype": "F32", "shape": [n // 8, 8], "data_offsets": [0, 4 * n]}}, 4 * n
+        header, at = {"model.embed_tokens.weight": {"dtype": "F32", "shape": [n // 8, 8],
+                                                    "data_offsets": [0, 4 * n]}}, 4 * n
         for name, (d, s, b) in small.items():
             header[name] = {"dtype": d, "shape": s, "data_offsets": [at, at + len(b)]}
             at += len(b)
@@ -649,11 +668,13 @@ class Sources(Export):
             f.truncate(8 + len(text) + 4 * n)           # sparse
             f.seek(0, 2)
             f.write(b"".join(b for _, _, b in small.values()))
-        program = "import sys, resource; sys.path.insert(0, %r); import export; status = export.main(sys.argv[1:]);" \
+        program = "import sys, resource; sys.path.insert(0, %r); import export; " \
+            "status = export.main(sys.argv[1:]); " \
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)" % ROOT
         peak = []
         for source in (hf_folder("hf"), folder):
-            p = subprocess.run([sys.executable, "-c", program, source, "-o", self.out], stdout=subprocess.PIPE)
+            p = subprocess.run([sys.executable, "-c", program, source, "-o", self.out],
+                               stdout=subprocess.PIPE)
             self.assertEqual(p.returncode, 0)
             peak.append(int(p.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024))
         os.remove(self.out)
@@ -664,28 +685,34 @@ class Sources(Export):
 class Configurations(Export):
     def test_refused_by_name(self):
         for changes, word in [
-                ({"model_type": "mixtral"}, "known: llama mistral qwen2 qwen3"), ({"model_type": None}, "known: llama"),
+                ({"model_type": "mixtral"}, "known: llama mistral qwen2 qwen3"),
+            ({"model_type": None}, "known: llama"),
                 ({"model_type": ["llama"]}, "known: llama"),
                 ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
                 ({"quantization_config": 7}, "quantization_config"),
                 ({"hidden_act": "relu"}, "known: silu"), ({"logit_scale": 0.25}, "logit_scale"),
                 ({"num_local_experts": 8}, "num_local_experts"), ({"hidden_size": 7}, "shape"),
-                ({"hidden_size": 0}, "hidden_size"), ({"hidden_size": -8}, "hidden_size"), ({"hidden_size": "8"}, "hidden_size"),
+                ({"hidden_size": 0}, "hidden_size"), ({"hidden_size": -8}, "hidden_size"),
+            ({"hidden_size": "8"}, "hidden_size"),
                 ({"hidden_size": 8.0}, "hidden_size"), ({"hidden_size": True}, "hidden_size"),
                 ({"hidden_size": None}, "hidden_size is missing"), ({"vocab_size": 11}, "embed_tokens"),
                 ({"num_hidden_layers": 3}, "layers.2"), ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers"),
                 ({"num_attention_heads": 3, "head_dim": None}, "multiple"), ({"head_dim": 3}, "even"),
                 ({"rms_norm_eps": "x"}, "rms_norm_eps"), ({"rope_theta": 0}, "rope_theta"),
                 ({"sliding_window": 9}, "sliding_window"), ({"head_dim": 1 << 40}, "head_dim"),
-                ({"max_position_embeddings": 1.5}, "max_position_embeddings"), ({"rope_scaling": 3}, "rope_scaling"),
+                ({"max_position_embeddings": 1.5}, "max_position_embeddings"),
+            ({"rope_scaling": 3}, "rope_scaling"),
                 ({"rope_scaling": {"type": "mrope"}}, "mrope"),
                 ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
                 ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
                 ({"rope_scaling": {"type": "linear", "factor": 2, "alpha": 3}}, "alpha"),
-                ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+                ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
+                                   "high_freq_factor": 1.0,
                                    "original_max_position_embeddings": 32}}, "high_freq_factor"),
-                ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": 2}}, "long_factor"),
-                ({"rope_scaling": {"type": "longrope", "short_factor": [1, 1], "long_factor": [1]}}, "short_factor"),
+                ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": 2}},
+                 "long_factor"),
+                ({"rope_scaling": {"type": "longrope", "short_factor": [1, 1], "long_factor": [1]}},
+                 "short_factor"),
                 ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
                 ({"partial_rotary_factor": 2.0}, "partial_rotary_factor"),
                 ({"attention_bias": 1}, "attention_bias"), ({"mlp_bias": "yes"}, "mlp_bias")]:
@@ -710,7 +737,8 @@ class Configurations(Export):
         saved = SIZE, HEADS, KV, OUR_LAYER
         try:
             SIZE, HEADS, KV = 16, 1, 1
-            OUR_LAYER = [(a, b, (16, DIM) if a in ("attn_q", "attn_k", "attn_v") else (DIM, 16) if a == "attn_output"
+            OUR_LAYER = [(a, b, (16, DIM) if a in ("attn_q", "attn_k", "attn_v") else (DIM, 16)
+                          if a == "attn_output"
                           else s) for a, b, s in OUR_LAYER]
             for rule, context, want, attention in cases:
                 for form in ("rope_scaling", "rope_parameters"):
@@ -719,7 +747,8 @@ class Configurations(Export):
                         got, meta = self.freqs(config(max_position_embeddings=context, **{
                             "rope_theta": 100.0 if form == "rope_scaling" else "absent", form: inner}))
                         self.assertEqual(meta["rope.base"], "100.0")
-                        self.assertAlmostEqual(float(meta.get("rope.attention_factor", 1)), attention, delta=1e-9)
+                        self.assertAlmostEqual(float(meta.get("rope.attention_factor", 1)), attention,
+                                               delta=1e-9)
                         if rule["rope_type"] in ("default", "dynamic"):
                             self.assertIsNone(got)
                         else:
@@ -727,13 +756,16 @@ class Configurations(Export):
                                 self.assertAlmostEqual(u / v, 1, delta=1e-6)
                             self.assertEqual(len(got), 8)
                         self.assertEqual(meta["context_length"], str(
-                            rule["original_max_position_embeddings"] if rule["rope_type"] == "longrope" else context))
+                            rule["original_max_position_embeddings"] if rule["rope_type"] == "longrope"
+                            else context))
         finally:
             SIZE, HEADS, KV, OUR_LAYER = saved
 
     def test_end_tokens(self):
-        for model_ids, generation, want in ((2, None, "2"), ([1, 2], None, "1 2"), (None, {"eos_token_id": 3}, "3"),
-                                            (2, {"eos_token_id": [9, 3]}, "2 3 9"), (10, None, None), (-1, None, None),
+        for model_ids, generation, want in ((2, None, "2"), ([1, 2], None, "1 2"),
+                                            (None, {"eos_token_id": 3}, "3"),
+                                            (2, {"eos_token_id": [9, 3]}, "2 3 9"), (10, None, None),
+                                            (-1, None, None),
                                             ("x", None, None), (True, None, None), (None, {}, None)):
             with self.subTest(model_ids=model_ids, generation=generation):
                 m = self.good(hf_folder("hf", config(eos_token_id=model_ids), generation=generation))
@@ -741,11 +773,12 @@ class Configurations(Export):
                 self.assertEqual("none of the 10 tokens" in self.printed, model_ids in (10, -1, "x", True))
 
     def test_chat(self):
-        """A template becomes metadata; one that fixed texts cannot reproduce is named, and the model is exported."""
+        """A template becomes metadata; one that fixed texts cannot reproduce is named, the model exported."""
         simple = "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}<s>assistant:"
         odd = "{{ messages | length }}{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
         for template, works in ((simple, True), (odd, False), ("{% bad", False), ([{"name": "default",
-                                "template": simple}], True), ([{"name": "tools", "template": simple}], None), (7, None)):
+                                "template": simple}], True), ([{"name": "tools", "template": simple}], None),
+                                (7, None)):
             with self.subTest(template=template):
                 m = self.good(hf_folder("hf", config(), tokenizer=tokenizer_json(), tokenizer_config={
                     "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}))
@@ -760,15 +793,21 @@ class Configurations(Export):
             path = os.path.join(fresh_folder("export", "gguf"), "x.gguf")
             return [put(path, gguf_bytes(gguf_pairs(**changes), tensors or gguf_tensors()))] + list(options)
         for changes, word in [
-                ({"general__architecture": "qwen3moe"}, "qwen3moe"), ({"general__architecture": None}, "architecture"),
+                ({"general__architecture": "qwen3moe"}, "qwen3moe"),
+            ({"general__architecture": None}, "architecture"),
                 ({"general__type": "adapter"}, "adapter"), ({"llama__expert_count": 8}, "experts"),
-                ({"llama__logit_scale": 0.5}, "llama.logit_scale"), ({"llama__block_count": 0}, "block_count"),
-                ({"llama__block_count": None}, "block_count is missing"), ({"llama__vocab_size": 11}, "token_embd"),
-                ({"llama__attention__value_length": 4}, "different lengths"), ({"llama__embedding_length": 16}, "shape"),
-                ({"llama__rope__scaling__type": "longrope"}, "longrope"), ({"llama__context_length": "64"}, "context_length"),
+                ({"llama__logit_scale": 0.5}, "llama.logit_scale"),
+            ({"llama__block_count": 0}, "block_count"),
+                ({"llama__block_count": None}, "block_count is missing"),
+            ({"llama__vocab_size": 11}, "token_embd"),
+                ({"llama__attention__value_length": 4}, "different lengths"),
+            ({"llama__embedding_length": 16}, "shape"),
+                ({"llama__rope__scaling__type": "longrope"}, "longrope"),
+            ({"llama__context_length": "64"}, "context_length"),
                 ({"llama__attention__layer_norm_rms_epsilon": None}, "missing"),
                 ({"llama__rope__scaling__yarn_ext_factor": 1.0}, "yarn_ext_factor"),
-                ({"general__alignment": 33}, "general.alignment"), ({"general__alignment": "x"}, "general.alignment")]:
+                ({"general__alignment": 33}, "general.alignment"),
+            ({"general__alignment": "x"}, "general.alignment")]:
             with self.subTest(changes=changes):
                 self.refused(word, *run(changes))
         self.good(*run({"llama__logit_scale": 0.5}, options=["--ignore", "llama.logit_scale"]))
@@ -783,14 +822,17 @@ class Configurations(Export):
         divided = self.good(*run({}, dict(gguf_tensors(), **{"rope_freqs.weight": (0, (1,), f32([8.0]))})))
         self.assertEqual(divided.floats("rope.freqs"), [0.125])
         os.remove(self.out)
-        for bad in ((0, (2,), f32([1.0, 1.0])), (0, (1,), f32([0.0])), (0, (1,), f32([float("nan")])), (8, (32,), bytes(34))):
+        for bad in ((0, (2,), f32([1.0, 1.0])), (0, (1,), f32([0.0])), (0, (1,), f32([float("nan")])),
+                    (8, (32,), bytes(34))):
             self.refused("rope_freqs.weight", *run({}, dict(gguf_tensors(), **{"rope_freqs.weight": bad})))
         for number, name in ((16, "IQ2_XXS"), (9, "Q8_1"), (28, "F64"), (77, "number 77")):
             self.refused([name, "attn_q"], *run({}, dict(gguf_tensors(), **{"blk.0.attn_q.weight": (
                 number, (8, 8), bytes(512))})))
         self.refused("vector of type Q8_0", *run(
-            {"llama__embedding_length": 32, "llama__attention__key_length": 8, "llama__attention__value_length": 8}, {
-                "token_embd.weight": (0, (10, 32), bytes(1280)), "blk.0.attn_norm.weight": (8, (32,), bytes(34))}))
+            {"llama__embedding_length": 32, "llama__attention__key_length": 8,
+             "llama__attention__value_length": 8}, {
+                "token_embd.weight": (0, (10, 32), bytes(1280)),
+                 "blk.0.attn_norm.weight": (8, (32,), bytes(34))}))
         self.refused("--tokenizer", *run({}, options=["--tokenizer", "x"]))
 
 
@@ -836,7 +878,7 @@ class Hostile(Export):
                 (head + one + struct.pack("<IIQ", 9, 8, 1 << 60) + bytes(100), "values"),
                 (head + one + struct.pack("<IIQ", 9, 9, 1) + bytes(100), "type 9"),
                 (head + one + struct.pack("<IIQ", 9, 0, 1 << 40) + bytes(100), "values"),
-                (head + struct.pack("<QQ", 0, 2) + (gguf_string("k") + struct.pack("<IB", 7, 1)) * 2 + bytes(99), "twice"),
+                (head + struct.pack("<QQ", 0, 2) + (gguf_string("k") + b"\7\0\0\0\1") * 2 + bytes(99), "twice"),
                 (head + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1) + b"\xff" + bytes(100), "UTF-8"),
                 (info + struct.pack("<I", 9) + bytes(100), "dimensions"),
                 (info + struct.pack("<I4QIQ", 4, *[1 << 62] * 4, 0, 0) + bytes(100), "does not fit"),
@@ -854,7 +896,8 @@ class Hostile(Export):
     def safetensors(self, header, body=b"", length=None):
         folder = hf_folder("hf")
         text = header if isinstance(header, bytes) else json.dumps(header).encode()
-        put(os.path.join(folder, "model.safetensors"), struct.pack("<Q", len(text) if length is None else length) + text + body)
+        put(os.path.join(folder, "model.safetensors"),
+            struct.pack("<Q", len(text) if length is None else length) + text + body)
         return folder
 
     def test_safetensors_by_hand(self):
@@ -863,14 +906,17 @@ class Hostile(Export):
         ok = bytes(8)
         for header, body, length, word in [
                 ({}, b"", 1 << 62, "header of"), ({}, b"", 3, "header of"), (b"[1]", b"", None, "object"),
-                (b"{", b"", None, "JSON"), (b'{"a":1,"a":2}', b"", None, "twice"), (b'{"a":NaN}', b"", None, "NaN"),
+                (b"{", b"", None, "JSON"), (b'{"a":1,"a":2}', b"", None, "twice"),
+            (b'{"a":NaN}', b"", None, "NaN"),
                 (b'{"a":' + b"9" * 5000 + b"}", b"", None, "5000 digits"), (b"\xff\xfe", b"", None, "JSON"),
-                (b'{"a":' + b"[" * 200000 + b"]" * 200000 + b"}", b"", None, "nested" if sys.version_info < (3, 13) else ""),
+                (b'{"a":' + b"[" * 200000 + b"]" * 200000 + b"}", b"", None,
+                 "nested" if sys.version_info < (3, 13) else ""),
                 ({"__metadata__": 3}, b"", None, "object"), ({"x": 7}, ok, None, "tensor x"),
                 (entry(shape=(3,)), ok, None, "has 8 bytes"), (entry(span=(0, 9)), ok, None, "tensor x"),
                 (entry(span=(8, 0)), ok, None, "tensor x"), (entry(span=(0, 8, 9)), ok, None, "tensor x"),
                 (entry(span=(0.0, 8)), ok, None, "tensor x"), (entry(shape=(True, 2)), ok, None, "tensor x"),
-                (entry(shape=(-2, -1)), ok, None, "tensor x"), (entry(shape=(1 << 70,)), ok, None, "tensor x"),
+                (entry(shape=(-2, -1)), ok, None, "tensor x"),
+            (entry(shape=(1 << 70,)), ok, None, "tensor x"),
                 (entry(dtype=None), ok, None, "tensor x"), (entry(shape=[1] * 9), ok, None, "tensor x"),
                 (entry(shape=(1 << 40, 1 << 40)), ok, None, "has 8 bytes"),
                 (entry(), bytes(9), None, "the end"), (entry(span=(1, 9)), bytes(9), None, "begins at 1"),
@@ -879,7 +925,8 @@ class Hostile(Export):
             with self.subTest(word=word, header=str(header)[:60]):
                 self.refused(word, self.safetensors(header, body, length))
         folder = self.safetensors({})
-        put(os.path.join(folder, "model.safetensors"), b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        put(os.path.join(folder, "model.safetensors"), b"version https://git-lfs.github.com/spec/v1\noid "
+                                                       b"sha256:0\n")
         self.refused("git lfs pull", folder)
         w = weights()
         for dtype in ("F64", "F8_E4M3"):
@@ -892,9 +939,12 @@ class Hostile(Export):
 
     def test_what_is_no_model(self):
         folder = fresh_folder("export", "files")
-        for data, name, word in [(b"\x80\x02}q\x00.", "m.bin", "pickled"), (b"\x80\x04xxx", "m.pt", "pickled"),
-                                 (b"PK\3\4" + bytes(50), "m.zip", "zip"), (b"", "m.bin", "ends"), (b"hello", "m.bin", "ends"),
-                                 (b"x" * 500, "m.bin", "not a model file"), (b"24ka" + struct.pack("<I", 7) + bytes(300),
+        for data, name, word in [(b"\x80\x02}q\x00.", "m.bin", "pickled"),
+                                 (b"\x80\x04xxx", "m.pt", "pickled"),
+                                 (b"PK\3\4" + bytes(50), "m.zip", "zip"), (b"", "m.bin", "ends"),
+                                 (b"hello", "m.bin", "ends"),
+                                 (b"x" * 500, "m.bin", "not a model file"),
+                                 (b"24ka" + struct.pack("<I", 7) + bytes(300),
                                                                              "m.bin", "version 7")]:
             with self.subTest(name=name, word=word):
                 self.refused(word, put(os.path.join(folder, name), data))
@@ -905,7 +955,7 @@ class Hostile(Export):
             os.remove(os.path.join(folder, name))
         self.refused("no model.safetensors", folder)
         put(os.path.join(folder, "pytorch_model.bin"), b"\x80\x02")
-        self.refused("pytorch_model.bin would have to be unpickled", folder)
+        self.refused("pytorch_model.bin is not opened", folder)
         for text, word in ((b"[]", "object"), (b"{" * 9, "JSON"), (b"", "JSON"), (b'{"a":' * 99999, "")):
             put(os.path.join(folder, "config.json"), text)
             self.refused(word, folder)
@@ -921,7 +971,7 @@ class Hostile(Export):
                                 gguf_bytes(gguf_pairs(general__name="a\0b"), gguf_tensors())))
 
     def files(self):
-        """(what, source, the file to spoil, how many changes): small ones; those with a tokenizer take longer."""
+        """(what, source, the file to spoil, how many changes); those with a tokenizer take longer."""
         gguf = os.path.join(fresh_folder("export", "fuzz", "gguf"), "x.gguf")
         one = {n: t for n, t in gguf_tensors().items() if not n.startswith("blk.1.")}
         put(gguf, gguf_bytes(gguf_pairs(llama__block_count=1), one))
@@ -943,7 +993,8 @@ class Hostile(Export):
                  "model.safetensors.index.json": {"weight_map": {"x": "a.safetensors"}},
                  "generation_config.json": {"eos_token_id": [2, 3]},
                  "tokenizer.json": tokenizer_json(),
-                 "tokenizer_config.json": {"bos_token": "<s>", "chat_template": "{% for m in messages %}<s>{{ m['role'] "
+                 "tokenizer_config.json": {"bos_token": "<s>", "chat_template": "{% for m in messages "
+                                                                                "%}<s>{{ m['role'] "
                                            "}}:{{ m['content'] }}</s>{% endfor %}<s>assistant:"}}
         write_safetensors(os.path.join(folder, "a.safetensors"), {}, stored(weights(layers=1)))
         for name in ("config.json", "model.safetensors.index.json"):
@@ -983,7 +1034,8 @@ class Hostile(Export):
             for what, source, path, _ in self.files():
                 whole = get(path)
                 self.assertEqual(self.attempt(source, what), 0, what)
-                for n in sorted(set(range(min(len(whole), 1300))) | set(range(1300, len(whole), 16)), reverse=True):
+                for n in sorted(set(range(min(len(whole), 1300))) | set(range(1300, len(whole), 16)),
+                                reverse=True):
                     os.truncate(path, n)
                     self.assertEqual(self.attempt(source, (what, n)), 1, (what, n))
                 put(path, whole)
@@ -995,7 +1047,8 @@ class Hostile(Export):
                 whole = get(path)
                 for _ in range(times):
                     at = r.randrange(min(len(whole), 1500))
-                    byte = r.choice([0, 1, 0x7f, 0x80, 0xff, whole[at] ^ 1 << r.randrange(8), r.randrange(256),
+                    byte = r.choice([0, 1, 0x7f, 0x80, 0xff, whole[at] ^ 1 << r.randrange(8),
+                                     r.randrange(256),
                                      *b'"[{}]:,0-9.e\\'])
                     with open(path, "r+b") as f:
                         f.seek(at)
@@ -1039,7 +1092,8 @@ class Output(Export):
         folder = hf_folder("hf")
         put(self.out, b"old")
         crc = e.zlib.crc32
-        for trouble, word in ((KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device"), "No space")):
+        for trouble, word in ((KeyboardInterrupt(), "interrupted"),
+                              (OSError(28, "No space left on device"), "No space")):
             def fail(data, start=0):
                 raise trouble
             e.zlib = type("z", (), {"crc32": staticmethod(fail), "error": zlib.error})
@@ -1059,7 +1113,8 @@ class Output(Export):
         def limit():
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        p = subprocess.run([sys.executable, "-B", os.path.join(ROOT, "export.py"), folder, "-o", self.out], preexec_fn=limit,
+        p = subprocess.run([sys.executable, "-B", os.path.join(ROOT, "export.py"), folder, "-o", self.out],
+                           preexec_fn=limit,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual(p.returncode, 1)
         self.assertRegex(p.stderr.decode(), r"\Aexport\.py: .*\n\Z")
@@ -1075,7 +1130,8 @@ class Output(Export):
         self.assertEqual(os.listdir(self.folder), ["file"])
 
     def test_usage(self):
-        for arguments, status in (([], 2), (["a", "b"], 2), (["--bogus", "a"], 2), (["a", "-o"], 2), (["-h"], 0)):
+        for arguments, status in (([], 2), (["a", "b"], 2), (["--bogus", "a"], 2), (["a", "-o"], 2),
+                                  (["-h"], 0)):
             self.assertEqual(main(*arguments)[0], status, arguments)
 
 
@@ -1138,7 +1194,8 @@ class Download(Export):
         Hub.files, Hub.plan, Hub.log, Hub.redirect, Hub.linked = dict(self.files), {}, [], None, {}
         self.servers, self.cache = [], fresh_folder("export", "cache")
         self.address = self.serve()
-        self.saved = {k: os.environ.pop(k, None) for k in ("HF_ENDPOINT", "HF_TOKEN", "http_proxy", "HTTP_PROXY")}
+        self.saved = {k: os.environ.pop(k, None) for k in ("HF_ENDPOINT", "HF_TOKEN", "http_proxy",
+                                                           "HTTP_PROXY")}
         os.environ["HF_ENDPOINT"] = self.address + "/"
         e.HUB_PAUSE, self.pause = 0, e.HUB_PAUSE
 
@@ -1221,7 +1278,8 @@ class Download(Export):
         self.same(self.fetch(), weights(True))
         size = len(self.files["model.safetensors"])
         ranges = [h.get("Range") for _, h in self.requests("model.safetensors")]
-        self.assertEqual(ranges, [None, "bytes=%d-" % (size // 2)] + ["bytes=%d-" % (size // 2 + (size - size // 2) // 2)] * 2)
+        half = size // 2
+        self.assertEqual(ranges, [None, "bytes=%d-" % half] + ["bytes=%d-" % (half + (size - half) // 2)] * 2)
 
     def test_resume_in_the_next_call(self):
         Hub.plan = {"model.safetensors": ["cut"] + [500] * 3}
@@ -1252,7 +1310,7 @@ class Download(Export):
         self.refused("another part", "org/tiny", "--cache", self.cache)
 
     def test_large_files(self):
-        """As the hub serves them: a redirection elsewhere, whose headers hold size and sha256; no token goes there."""
+        """As the hub serves them: redirected elsewhere, with size and sha256; the token does not go there."""
         Hub.redirect = self.serve()
         os.environ["HF_TOKEN"] = "secret"
         Hub.plan = {"model.safetensors": [None, "cut"]}     # the redirection, then what it leads to
