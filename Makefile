@@ -20,7 +20,7 @@ run: run.c tokenizer.c
 	$(CC) $(CFLAGS) $(WARNINGS) -Wno-psabi -std=gnu11 $(THREADS) run.c -o run -lm -lpthread
 
 demo: run
-	./run models/stories260K.bin -i "Once upon a time" -n 250 -s 3
+	./run models/stories260K.bin -i "Once upon a time" -n 0 -s 3
 
 test: run
 	$(PYTHON) tests/test.py
