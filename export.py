@@ -233,16 +233,18 @@ def read_gguf(path, tensors):
     file = File(path)
 
     def string():
-        data = file.read(file.unpack("Q")[0])
+        n = file.unpack("Q")[0]
+        if n > HEADER_LIMIT:
+            raise Refused("%s: a text of %d bytes at %d" % (path, n, file.at))
         try:
-            return data.decode("utf-8")
+            return file.read(n).decode("utf-8")
         except ValueError:
             raise Refused("%s: a string before byte %d is not UTF-8" % (path, file.at))
 
     def values(kind, n):
         form = GGUF_NUMBERS.get(kind)
-        smallest = struct.calcsize("<" + form) if form else 8
-        if form is None and kind != GGUF_STRING or n > (file.size - file.at) // smallest:
+        most = min(1 << 24, (file.size - file.at) // (struct.calcsize("<" + form) if form else 8))
+        if form is None and kind != GGUF_STRING or n > most:
             raise Refused("%s: %d values of type %d before byte %d" % (path, n, kind, file.at))
         return [string() for _ in range(n)] if kind == GGUF_STRING else list(file.unpack("%d%s" % (n, form)))
 
@@ -2981,9 +2983,10 @@ def unzip_gguf(path):
                 raise Refused("%s: a PyTorch file: %s" % (path, PICKLED))
             if len(inside) != 1:
                 raise Refused("%s: %d GGUF files inside, one was expected" % (path, len(inside)))
-            out = temporary(os.path.join(tempfile.gettempdir(), "export.gguf"))
+            handle, out = tempfile.mkstemp(suffix=".gguf")
+            TEMPORARY.append(out)
             progress, left = Progress("unpacking", inside[0].file_size), inside[0].file_size
-            with archive.open(inside[0]) as source, open(out, "xb") as to:
+            with archive.open(inside[0]) as source, open(handle, "wb") as to:
                 for chunk in iter(lambda: source.read(CHUNK), b""):
                     left -= len(chunk)
                     if left < 0:

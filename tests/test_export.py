@@ -648,6 +648,12 @@ class Sources(Export):
         again = subprocess.run([sys.executable, os.path.join(ROOT, "export.py"), other, "-o", self.out],
                                stdout=subprocess.PIPE, env=dict(os.environ, PYTHONHASHSEED="5"))
         self.assertEqual((again.returncode, get(self.out)), (0, first))
+        saved, e.CHUNK = e.CHUNK, 7                     # however it is cut into pieces
+        try:
+            self.good(folder)
+        finally:
+            e.CHUNK = saved
+        self.assertEqual(get(self.out), first)
 
     def test_memory_is_bounded(self):
         """96 MB of weights pass through a process that grows by a few MB."""
@@ -873,12 +879,13 @@ class Hostile(Export):
                 (b"GGUF", "ends"), (b"GGUF" + struct.pack("<I", 1) + good[8:], "version 1"),
                 (b"GGUF" + struct.pack(">I", 3) + good[8:], "big-endian"),
                 (head + huge * 2, "tensors"), (head + struct.pack("<Q", 0) + huge, "keys"),
-                (head + struct.pack("<QQ", 0, 1) + huge + bytes(100), "ends"),
+                (head + struct.pack("<QQ", 0, 1) + huge + bytes(100), "a text of"),
+                (head + struct.pack("<QQQ", 0, 1, 1 << 20) + bytes(100), "ends"),
                 (head + one + struct.pack("<I", 99) + bytes(100), "type 99"),
                 (head + one + struct.pack("<IIQ", 9, 8, 1 << 60) + bytes(100), "values"),
                 (head + one + struct.pack("<IIQ", 9, 9, 1) + bytes(100), "type 9"),
                 (head + one + struct.pack("<IIQ", 9, 0, 1 << 40) + bytes(100), "values"),
-                (head + struct.pack("<QQ", 0, 2) + (gguf_string("k") + b"\7\0\0\0\1") * 2 + bytes(99), "twice"),
+                (head + struct.pack("<QQ", 0, 2) + (gguf_string("k") + b"\7\0\0\0\1") * 2, "twice"),
                 (head + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1) + b"\xff" + bytes(100), "UTF-8"),
                 (info + struct.pack("<I", 9) + bytes(100), "dimensions"),
                 (info + struct.pack("<I4QIQ", 4, *[1 << 62] * 4, 0, 0) + bytes(100), "does not fit"),
