@@ -718,15 +718,16 @@ def model_from_gguf(model, pairs, tensors):
 
 
 # ---- Tokenizer -----------------------------------------------------------------------------------
-# Whatever a tokenizer comes as, it leaves as the same few things (tokenizer.c lists them): the bytes and the kinds of
-# all tokens, merges or scores, and a list of steps. Regular expressions become programs for the machine in
+# Whatever a tokenizer comes as, it leaves as the same few things (tokenizer.c lists them): the bytes and the
+# kinds of all tokens, merges or scores, and a list of steps. Regular expressions become programs for the machine in
 # tokenizer.c; their classes are literal sets of code points. What has no exact counterpart raises Refused.
 #
 # Text that SentencePiece's descendants write with U+2581 for a space is stored and matched with the space itself:
 # where their pipeline replaces " " by U+2581, ours replaces U+2581 by " ".
 
-# Unicode, pinned: categories and scripts of 16.0, NFC of 9.0 (tests/fixtures/make_unicode.py says why, and wrote this).
-UNICODE_CATEGORIES = ('c-q}rNvLH<8UFvO`s)mJr+3c1^<KZ5_xkng?w9U#chc!GYD^j>!H^K+!i0!8U=$o6SqOq|nkZ%yL=iU;1U0yhAc=7m!~szuf(92N!Ho+'
+# Unicode, pinned: categories and scripts of 16.0, NFC of 9.0. tests/fixtures/make_unicode.py says why and wrote it.
+UNICODE_CATEGORIES = (
+    'c-q}rNvLH<8UFvO`s)mJr+3c1^<KZ5_xkng?w9U#chc!GYD^j>!H^K+!i0!8U=$o6SqOq|nkZ%yL=iU;1U0yhAc=7m!~szuf(92N!Ho+'
     'gWTgQ`{r>-)d;9f3YX&>$qVB0vRp+mNp6>eADmQ+LG2$^d++qy5aaG;8);EsVM_3v2j0YGFZ!O+hUf+lBcp5T(XPjAhg4H=@`qpxCI1M'
     ';6PS{)F<QwMImbq|iExVGjdku$so%^qExaHh0=lb;c3Cnr6=Pvus?K;0$cVf^aV9`$R{(aq)x?Pa`HI>t16g@9GY{O;ycL=+AXl5Y{W}'
     '_gpB0%pjR^lUzQ@Wy0asixz_A!MSwlMRgZylj4cvfz|y{HUc9iF1kb}1D;>5jh<9LOA{bk~&U?oG0dYcL?;9o2#+y2I+-$YnRhYCJaN2'
@@ -767,10 +768,12 @@ UNICODE_CATEGORIES = ('c-q}rNvLH<8UFvO`s)mJr+3c1^<KZ5_xkng?w9U#chc!GYD^j>!H^K+!i
     'p4g+TZ5odlxQupTBf0_CoK!!!CFVdj(47`xI`4P9Xq($>pOI@<Y%K<SQ6#;~>>(n7_$%OWvTN9f4vZ%^BrLPjLPl&m{jA-VmnhEsyyO<'
     '{yNX4y=tjw&yKWY9BZw9m%jeTXS?<{<Xt(BP{5L;5H5xc74KOz2~byIKLkZ{9-9D{?Z{0_`w#~@q4B1(POZi@4gj=^irU2wepQXe@OE4'
     '9gz0o7X9k`M-X8*=O3c;9A9So^56Z&KmG}G>wf<Q;jaoT')
-UNICODE_SCRIPTS = ('c-jG^09*eSfL$2^SPj(yFaQDo8VC;q#RtDLLI0xxfwBSZ0t0D@>Hz@_0gs>p-^~IcxgZDK0Rw?853o8A?F6F}odn|x$|eTiAO^u;RR;p'
+UNICODE_SCRIPTS = (
+    'c-jG^09*eSfL$2^SPj(yFaQDo8VC;q#RtDLLI0xxfwBSZ0t0D@>Hz@_0gs>p-^~IcxgZDK0Rw?853o8A?F6F}odn|x$|eTiAO^u;RR;p'
     '%{so=_6966pu7Lpn4xwRL0|M~@577ZG0#}ci0|^2w)8GOF0tNyB0sx=_0y6*)0}g;9{{gQ&0fGWuavnk+;_U$(gaxBl4HgA3rB5CN1p@'
     '^G1p@+mB`mK')
-UNICODE_NFC = ('c-qBS3slxswm<v)|KAHfJ`fQ_O-sqNtj5gDN|9dkSl5}RX>K#k+@{;y)pRFytkr1EG&cevM4l?X^PLI`_&_Bx!511LDk>>{iXwiJ7J?7'
+UNICODE_NFC = (
+    'c-qBS3slxswm<v)|KAHfJ`fQ_O-sqNtj5gDN|9dkSl5}RX>K#k+@{;y)pRFytkr1EG&cevM4l?X^PLI`_&_Bx!511LDk>>{iXwiJ7J?7'
     'LM7+O!{{KJ1rz~epYu&rnxA#7eefHUBzs~u8du5D0%ts{Zh%~Q3#StPMZ7Ma!m<E9AM%TgY4FFJyz62#NNv2AKDUPi6*Jz*XNZme~A$1'
     '=mNdYd6xlBpogweL4ZR5?&IkM(zO{oDS0!g?@1d;HN2qqCiq6>*oqOK&uNOU6+E=6}KdXR{a!jL0H=ug!F`jF^L;_e}$7m3~^?rIw$aS'
     'w@pYCk@K-hO{CbrJpFu=_}}REAg$Q?eaPq=@V*I<8Vwn)Yb3i*@35eSeB|i^+a-us`;dPM<P1+ix(0z8}<a|28VEO|2u!b`0j(MhZt4;'
@@ -831,7 +834,8 @@ UNICODE_NFC = ('c-qBS3slxswm<v)|KAHfJ`fQ_O-sqNtj5gDN|9dkSl5}RX>K#k+@{;y)pRFytkr1
     'U<~oZ*Le9VW7&!qEkx>c%>>0rQ6%FuL|rjO<<kH0xrpidlS6&20+ivd24Y1micGfLaXO;U#>kfH(XCOTLJKEU#|7%d3l}iptAd*`O(y$'
     '=L^<x%+{pfrpKrlg3%FlfU@*^%|h;9HuZn!;|KPi2nt(47cR')
 
-UNICODE_NAMES = "Cn Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co".split()
+UNICODE_NAMES = ("Cn Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs "
+                 "Co").split()
 UNICODE_CACHE = {}  # name -> ranges, filled when first needed
 LAST_POINT = 0x10ffff
 END = LAST_POINT + 1  # in a set: the end of the text
@@ -1048,7 +1052,8 @@ class Pattern:
         if c in "sSdDwW":
             found = {"s": lambda: WHITE_SPACE, "d": lambda: unicode_property("Nd"),
                      # outside of brackets Oniguruma's \w has six more, in them not
-                     "w": lambda: word_characters([] if inside else [(0xb2, 0xb3), (0xb9, 0xb9), (0xbc, 0xbe)])}[c.lower()]()
+                     "w": lambda: word_characters([] if inside else [(0xb2, 0xb3), (0xb9, 0xb9),
+                                                                     (0xbc, 0xbe)])}[c.lower()]()
             return set_complement(found) if c.isupper() else found, None
         if c in "xu":
             if c == "x" and self.take("{"):
@@ -1076,7 +1081,9 @@ class Pattern:
             if self.text.startswith("[:", self.at):
                 self.refuse("a POSIX class")
             c = self.next()
-            more, point = (self.bracket(), None) if c == "[" else self.escape(True) if c == "\\" else (None, ord(c))
+            more, point = None, ord(c)
+            if c in "[\\":
+                more, point = (self.bracket(), None) if c == "[" else self.escape(True)
             if point is not None:
                 last = point
                 if self.text.startswith("-", self.at) and not self.text.startswith("-]", self.at):
@@ -1123,7 +1130,8 @@ class Pattern:
                 follow = set_union(found, follow) if empty else found
                 free = free and empty and child[0] != "ahead"
         elif node[0] == "rep":
-            if node[4] == "+" and (node[1][0] != "set" or (not free and set_intersection(node[1][1], follow))):
+            if node[4] == "+" and (node[1][0] != "set"
+                                   or (not free and set_intersection(node[1][1], follow))):
                 self.refuse("a possessive repetition")
             again = node[3] is None or node[3] > 1
             self.check(node[1], set_union(self.first(node[1])[0], follow) if again else follow, free)
@@ -1196,7 +1204,8 @@ def pattern_atoms(sets):
             bits[i] |= int(member) << atom
     for i, s in enumerate(sets):
         bits[i] |= int(any(b >= END for a, b in s))
-    return rows, [[(b >> 32 * k & 0xffffffff) - (b >> 32 * k + 31 & 1) * (1 << 32) for k in range(8)] for b in bits]
+    return rows, [[(b >> 32 * k & 0xffffffff) - (b >> 32 * k + 31 & 1) * (1 << 32) for k in range(8)]
+                  for b in bits]
 
 
 def nfc_tensors():
@@ -1248,14 +1257,15 @@ class TokenizerBuilder:
         self.meta = {"tokenizer.symbols": "bytes", "token.add_bos": "0"}
         self.special = {}
         self.spaces = False    # U+2581 has become the space
-        self.normalizes = self.byte_level = self.nfc = False
+        self.byte_level = self.nfc = False
 
     def flag(self, key, value):
         self.meta["tokenizer." + key] = "1" if value else "0"
 
     def piece(self, token, data, kind):
         if not 0 <= token < len(self.pieces):
-            raise Refused("the tokenizer has a token number %d, but the model has %d rows" % (token, len(self.pieces)))
+            raise Refused("the tokenizer has a token number %d, but the model has %d rows"
+                          % (token, len(self.pieces)))
         self.pieces[token] = (data, kind)
 
     def prepend(self, text, places):
@@ -1266,7 +1276,8 @@ class TokenizerBuilder:
         if old == " " and new == SPACE and not self.spaces:
             old, new, self.spaces = SPACE, " ", True
         elif not old or (self.spaces and (" " in old + new or SPACE in old + new)):
-            raise Refused("the tokenizer replaces %r by %r, which cannot be carried over exactly" % (old, new))
+            raise Refused("the tokenizer replaces %r by %r, which cannot be carried over exactly"
+                          % (old, new))
         a, b = old.encode(), new.encode()
         self.steps.append([2, 1 + len(a) + len(b), len(a)] + list(a) + list(b))
 
@@ -1287,8 +1298,8 @@ class TokenizerBuilder:
             if s not in self.sets:
                 self.sets.append(s)
         flat = [n for op, x, y in code for n in (op, self.sets.index(sets[x]) if op in (1, 2) else x, y)]
-        self.steps.append([5, 2 + len(flat), self.BEHAVIOURS.index(behaviour.lower().replace("_", "")), int(invert)]
-                          + flat)
+        number = self.BEHAVIOURS.index(behaviour.lower().replace("_", ""))
+        self.steps.append([5, 2 + len(flat), number, int(invert)] + flat)
 
     def literal(self, text, behaviour, invert=False):
         """A split by a plain string."""
@@ -1349,7 +1360,8 @@ def set_merges(builder, merges, ids, last_wins):
     ranks = {}
     for rank, (left, right) in enumerate(merges):
         if left not in ids or right not in ids or left + right not in ids:
-            raise Refused("the merge %r + %r makes or needs a token that the vocabulary lacks" % (left, right))
+            raise Refused("the merge %r + %r makes or needs a token that the vocabulary lacks"
+                          % (left, right))
         if last_wins or (left, right) not in ranks:
             ranks[(left, right)] = rank
     builder.merges = []
@@ -1365,7 +1377,7 @@ def set_merges(builder, merges, ids, last_wins):
             raise Refused("the merge %r + %r makes a control token" % (left, right))
 
 
-# ---- tokenizer.json -----------------------------------------------------------------------------------------------
+# ---- tokenizer.json ----------------------------------------------------------------------------------------
 
 def tokenizer_from_hf(folder, vocab_size):
     """The tokenizer of a Hugging Face folder: tokenizer.json, else tokenizer.model."""
@@ -1406,7 +1418,6 @@ def json_normalizer(builder, node):
         for child in node["normalizers"]:
             json_normalizer(builder, child)
         return
-    builder.normalizes = True
     if kind == "NFC":
         builder.steps.append([3, 0])
         builder.nfc = True
@@ -1417,6 +1428,10 @@ def json_normalizer(builder, node):
         builder.replace(node["pattern"]["String"], node["content"])
     else:
         raise Refused("the tokenizer has a normalizer %s, which is not supported" % kind)
+
+
+def metaspace_scheme(node):
+    return node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
 
 
 def json_pre_tokenizer(builder, node):
@@ -1440,10 +1455,11 @@ def json_pre_tokenizer(builder, node):
             builder.split(GPT2_PATTERN, "isolated")
         builder.byte_level = True
     elif kind == "Metaspace":
-        scheme = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
+        scheme = metaspace_scheme(node)
         if node.get("replacement") != SPACE:
             raise Refused("the tokenizer has a Metaspace with %r" % node.get("replacement"))
-        builder.spaces or builder.replace(" ", SPACE)
+        if not builder.spaces:
+            builder.replace(" ", SPACE)
         if scheme != "never":
             builder.prepend(" ", (1 if scheme == "first" else 15) | builder.UNLESS_THERE)
         if node.get("split", True):
@@ -1465,17 +1481,21 @@ def json_decoder(builder, node, byte_fallback):
         good = kinds == ["ByteLevel"]
     elif kinds == ["Metaspace"]:
         good = builder.spaces and not byte_fallback
-        strip = nodes[0].get("prepend_scheme", "always" if nodes[0].get("add_prefix_space", True) else "never") != "never"
+        strip = metaspace_scheme(nodes[0]) != "never"
     else:
         good = builder.spaces and "Replace" in kinds and ("ByteFallback" in kinds) == byte_fallback
         for child in nodes:
             kind = child.get("type")
             strip = strip or kind == "Strip"
-            good = good and (kind in ("ByteFallback", "Fuse")
-                             or (kind == "Replace" and child["pattern"].get("String") == SPACE and child["content"] == " ")
-                             or (kind == "Strip" and [child.get(k) for k in ("content", "start", "stop")] == [" ", 1, 0]))
+            if kind == "Replace":
+                good = good and child["pattern"].get("String") == SPACE and child["content"] == " "
+            elif kind == "Strip":
+                good = good and [child.get(k) for k in ("content", "start", "stop")] == [" ", 1, 0]
+            else:
+                good = good and kind in ("ByteFallback", "Fuse")
     if not good:
-        raise Refused("the tokenizer has a decoder %s, which does not fit the rest of it" % " + ".join(map(str, kinds)))
+        raise Refused("the tokenizer has a decoder %s, which does not fit the rest of it"
+                      % " + ".join(map(str, kinds)))
     builder.flag("strip_space", strip)
 
 
@@ -1490,10 +1510,11 @@ def json_added(builder, node, ids, prefixed):
     if not special and not normalized and data != text:
         builder.notes.append("the added token %r is found by merging, not as a whole" % text)
         return
-    if not special and normalized and builder.normalizes and (prefixed or (builder.nfc and not text.isascii())):
-        raise Refused("the added token %r is to be found in normalised text, which cannot be carried over" % text)
-    flags = (0x10 * bool(node.get("lstrip")) | 0x20 * bool(node.get("rstrip")) | 0x40 * bool(node.get("single_word"))
-             | 0x80 * (normalized and not special))
+    if not special and normalized and (prefixed or (builder.nfc and not text.isascii())):
+        raise Refused("the added token %r is to be found in normalised text, which cannot be carried over"
+                      % text)
+    flags = (0x10 * bool(node.get("lstrip")) | 0x20 * bool(node.get("rstrip"))
+             | 0x40 * bool(node.get("single_word")) | 0x80 * (normalized and not special))
     builder.piece(token, data.encode(), kind | flags)
     builder.added.add(token)
 
@@ -1542,9 +1563,10 @@ def json_tokenizer(data, vocab_size, config, special):
             piece, piece_kind = bytes([byte]), builder.BYTE
         else:
             piece = (text.replace(SPACE, " ") if builder.spaces else text).encode()
-            if builder.byte_level or (builder.spaces and " " in text) or str(token) == builder.meta.get(
-                    "tokenizer.unknown"):
-                piece_kind = builder.UNKNOWN if str(token) == builder.meta.get("tokenizer.unknown") else builder.UNUSED
+            if str(token) == builder.meta.get("tokenizer.unknown"):
+                piece_kind = builder.UNKNOWN
+            elif builder.byte_level or (builder.spaces and " " in text):
+                piece_kind = builder.UNUSED  # no text ever comes to this
         if piece_kind == builder.NORMAL and taken.setdefault(piece, token) != token:
             raise Refused("the tokens %d and %d decode to the same text %r" % (taken[piece], token, piece))
         builder.piece(token, piece, piece_kind)
@@ -1559,9 +1581,11 @@ def json_tokenizer(data, vocab_size, config, special):
     ids.update((a["content"], a["id"]) for a in added)
     processors = data.get("post_processor") or {}
     for node in processors.get("processors", [processors]):
-        if node.get("type") == "TemplateProcessing" and node["single"] and "SpecialToken" in node["single"][0]:
-            first = node["single"][0]["SpecialToken"]["id"]
-            builder.special.setdefault("bos_token", first) if not (config or special) else None
+        template = node["single"] if node.get("type") == "TemplateProcessing" else []
+        if template and "SpecialToken" in template[0]:
+            first = template[0]["SpecialToken"]["id"]
+            if not config and not special:
+                builder.special["bos_token"] = first
             wanted = [source.get("bos_token") for source in (config, special) if source.get("bos_token")]
             names = [w.get("content") if isinstance(w, dict) else w for w in wanted] or [first]
             builder.meta["token.add_bos"] = str(int(first in names))
@@ -1569,7 +1593,7 @@ def json_tokenizer(data, vocab_size, config, special):
     return builder.finish()
 
 
-# ---- SentencePiece, llama2.c, GGUF --------------------------------------------------------------------------------
+# ---- SentencePiece, llama2.c, GGUF -------------------------------------------------------------------------
 
 def score_tokenizer(builder, tokens, scores, kinds, unknown, prefix):
     """SentencePiece's BPE: neighbours merge by the score of what they spell."""
@@ -1649,8 +1673,8 @@ def tokenizer_from_spm(data, vocab_size, config=None, special=None):
     if trainer.get(3, 1) != 2:
         raise Refused("the tokenizer.model is of the kind %s; only BPE is supported"
                       % {1: "unigram", 3: "word", 4: "char"}.get(trainer.get(3, 1), "unknown"))
-    for setting, name in ((normalizer.get(2), "a character map"), (normalizer.get(4, 1), "remove_extra_whitespaces"),
-                          (trainer.get(24), "treat_whitespace_as_suffix")):
+    for setting, name in ((normalizer.get(2), "a character map"), (trainer.get(24), "treat_whitespace_as_suffix"),
+                          (normalizer.get(4, 1), "remove_extra_whitespaces")):
         if setting:
             raise Refused("the tokenizer.model uses %s, which is not supported" % name)
     if not normalizer.get(5, 1):
@@ -1663,7 +1687,8 @@ def tokenizer_from_spm(data, vocab_size, config=None, special=None):
     builder.special = {}
     ids = {text: token for token, text in enumerate(tokens)}
     builder.meta["token.add_bos"] = "1"
-    for key, name, token in (("token.bos", "bos_token", trainer.get(41, 1)), ("token.eos", "eos_token", trainer.get(42, 2))):
+    for key, name, token in (("token.bos", "bos_token", trainer.get(41, 1)),
+                             ("token.eos", "eos_token", trainer.get(42, 2))):
         if token < len(tokens) and kinds[token] == builder.CONTROL_TOKEN:
             builder.meta[key] = str(token)
             if name not in config and name not in special:
