@@ -885,8 +885,8 @@ static int matrix_describe(const struct container *c, const struct tensor *t, st
         return 0;
     }
     m->type = !strcmp(t->dtype, "F32") ? F32 : !strcmp(t->dtype, "F16") ? F16 : BF16;
-    if ((m->type == BF16 && strcmp(t->dtype, "BF16")) || t->n_dims != 2 || t->shape[0] > INT_MAX ||
-        t->shape[1] > INT_MAX)
+    if ((m->type == BF16 && strcmp(t->dtype, "BF16")) || t->n_dims != 2 || t->shape[0] < 1 || t->shape[1] < 1 ||
+        t->shape[0] > INT_MAX || t->shape[1] > INT_MAX)
         return fail(error, "tensor %.100s is not a matrix of floats or a packed one", t->name);
     m->rows = (int)t->shape[0];
     m->cols = (int)t->shape[1];
@@ -1466,7 +1466,7 @@ INLINE void rope_(float *x, const float *table, int pairs, int interleaved)
 }
 
 /* Scores of a block become probabilities relative to its maximum; returns their sum. [N4] */
-INLINE float softmax_block(float s[64], struct query *q, float scale, float cap, float *max)
+INLINE float softmax_(float s[64], const struct query *q, float scale, float cap, float *max)
 {
     float top = -INFINITY, lanes[16] = { 0 };
     for (int i = 0; i < 64; i++) {
@@ -1486,7 +1486,7 @@ INLINE float softmax_block(float s[64], struct query *q, float scale, float cap,
 }
 
 /* Adds a block's result [hd] to the running one: both are brought to the larger maximum. [N4] */
-INLINE void merge_block(struct query *q, const float *out, float max, float sum, int hd)
+INLINE void merge_(struct query *q, const float *out, float max, float sum, int hd)
 {
     float larger = max > q->max ? max : q->max;
     float before = q->sum > 0 ? exp_(q->max - larger) : 0.0f, now = exp_(max - larger);
@@ -1504,24 +1504,6 @@ INLINE size_t value_at(int i, int d, int hd) { return (size_t)i * (size_t)hd + (
 INLINE float cached(const void *cache, size_t i, int f32)
 {
     return f32 ? ((const float *)cache)[i] : from_half(((const uint16_t *)cache)[i]);
-}
-
-INLINE void attend_plainly(struct query *queries, int n, const void *keys, const void *values, int hd,
-                           float scale, float cap, int f32)
-{
-    for (struct query *q = queries; q < queries + n; q++) {
-        float s[64] = { 0 }, out[1024], max;
-        for (int i = q->first; i < q->end; i++)
-            for (int d = 0; d < hd; d++)
-                s[i] = fma_(q->q[d], cached(keys, key_at(i, d, hd), f32), s[i]);
-        float sum = softmax_block(s, q, scale, cap, &max);
-        for (int d = 0; d < hd; d++) {
-            out[d] = 0;
-            for (int i = q->first; i < q->end; i++)
-                out[d] = fma_(s[i], cached(values, value_at(i, d, hd), f32), out[d]);
-        }
-        merge_block(q, out, max, sum, hd);
-    }
 }
 
 INLINE double exp_sum_(const float *x, int n, float max, float scale)
@@ -1561,9 +1543,31 @@ INLINE uint64_t read_(const uint64_t *words, size_t n)
     static void glu_##set(float *g, const float *u, int n, enum activation a) { glu_(g, u, n, a); }        \
     static void rope_##set(float *x, const float *t, int pairs, int i) { rope_(x, t, pairs, i); }          \
     static double exp_sum_##set(const float *x, int n, float m, float s) { return exp_sum_(x, n, m, s); }  \
-    static uint64_t read_##set(const uint64_t *words, size_t n) { return read_(words, n); }
+    static uint64_t read_##set(const uint64_t *words, size_t n) { return read_(words, n); }                \
+    static float softmax_##set(float *s, const struct query *q, float scale, float cap, float *max)        \
+    { return softmax_(s, q, scale, cap, max); }                                                            \
+    static void merge_##set(struct query *q, const float *out, float max, float sum, int hd)               \
+    { merge_(q, out, max, sum, hd); }
 
 INSTANTIATE(scalar)
+
+INLINE void attend_plainly(struct query *queries, int n, const void *keys, const void *values, int hd,
+                           float scale, float cap, int f32)
+{
+    for (struct query *q = queries; q < queries + n; q++) {
+        float s[64] = { 0 }, out[1024], max;
+        for (int i = q->first; i < q->end; i++)
+            for (int d = 0; d < hd; d++)
+                s[i] = fma_(q->q[d], cached(keys, key_at(i, d, hd), f32), s[i]);
+        float sum = softmax_scalar(s, q, scale, cap, &max);
+        for (int d = 0; d < hd; d++) {
+            out[d] = 0;
+            for (int i = q->first; i < q->end; i++)
+                out[d] = fma_(s[i], cached(values, value_at(i, d, hd), f32), out[d]);
+        }
+        merge_scalar(q, out, max, sum, hd);
+    }
+}
 
 static void attend_scalar_f16(struct query *q, int n, const void *k, const void *v, int hd, float s, float c)
 { attend_plainly(q, n, k, v, hd, s, c, 0); }
@@ -2304,9 +2308,11 @@ static void attend(struct pass *p, int me, int layer, int head, int first, int e
             ready += sees;
         }
     }
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+        float inverse = 1.0f / queries[i].sum;
         for (int d = 0; d < hd; d++)
-            queries[i].out[d] /= queries[i].sum;
+            queries[i].out[d] *= inverse;
+    }
 }
 
 /* Rotation and attention of all heads and rows. If all rows are one tile, a head's keys are stored
@@ -2447,13 +2453,16 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     int small = p->model->weight_bytes * (size_t)n < 1 << 19; /* not worth waking others for */
     team_run(&p->team, small, forward, p);
     if (p->bad) {
-        int layer = (p->bad - 1) / CHUNK, row = (p->bad - 1) % CHUNK;
-        return fail(error, "an activation %s%.0d at position %d is not finite: the weights are damaged or too large",
-                    layer == p->model->config.layers ? "before the output" : "in layer ",
-                    layer == p->model->config.layers ? 0 : layer, p->rows[row].position);
+        int layer = (p->bad - 1) / CHUNK, position = p->rows[(p->bad - 1) % CHUNK].position;
+        if (layer == p->model->config.layers)
+            return fail(error, "the last activation at position %d is not finite: the weights are damaged or too large", position);
+        return fail(error, "an activation in layer %d at position %d is not finite: the weights are damaged or too large",
+                    layer, position);
     }
     return 0;
 }
+
+static int rewind_to(run_session *s, int position, run_error *error);
 
 /* run_eval, with the logits of the last `wanted` <= LOGIT_ROWS tokens. */
 static int eval(run_session *s, const int *ids, int n, int wanted, run_error *error)
@@ -2475,8 +2484,8 @@ static int eval(run_session *s, const int *ids, int n, int wanted, run_error *er
         s->written = s->length + chunk > s->written ? s->length + chunk : s->written;
         memcpy(s->tokens + s->length, ids + done, (size_t)chunk * sizeof *ids);
         if (run_pass(s->pass, rows, chunk, error)) {
-            s->length = length;
-            return -1;
+            run_error second;
+            return rewind_to(s, length, &second), -1;
         }
         s->length += chunk;
         done += chunk;
@@ -2498,23 +2507,26 @@ void run_observe(run_session *s, run_observer observer, void *context)
 
 /* Dropping rows is a matter of counting, unless a window's slots have been used again since: then
    the text is read once more. */
-int run_rewind(run_session *s, int position, run_error *error)
+static int rewind_to(run_session *s, int position, run_error *error)
 {
-    if (position < 0 || position > s->length)
-        return fail(error, "cannot rewind to position %d of %d", position, s->length);
-    if (position == s->length)
-        return 0;
     s->wanted = 0;
     for (int i = 0; i < s->model->config.layers; i++) {
-        int window = s->model->layers[i].window, oldest = (s->written - 1) / BLOCK - s->slots[i] + 1;
-        if (window && oldest > 0 && position > 0 && (position >= window ? position - window + 1 : 0) / BLOCK < oldest) {
+        int window = s->model->layers[i].window, first = position >= window ? position - window + 1 : 0;
+        int oldest = (s->written - 1) / BLOCK - s->slots[i] + 1;    /* block that is still there */
+        if (window && position > 0 && first / BLOCK < oldest) {
             s->length = s->written = 0;
-            int failed = eval(s, s->tokens, position, 0, error);
-            return failed;
+            return eval(s, s->tokens, position, 0, error);
         }
     }
     s->length = position;
     return 0;
+}
+
+int run_rewind(run_session *s, int position, run_error *error)
+{
+    if (position < 0 || position > s->length)
+        return fail(error, "cannot rewind to position %d of %d", position, s->length);
+    return position == s->length ? 0 : rewind_to(s, position, error);
 }
 
 /* == SAMPLING ================================================================================
@@ -3829,6 +3841,9 @@ static void SET(matmul_f16)(float *tile, const struct matrix *w, int strip, cons
 static void SET(matmul_bf16)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n)
 { SET(floating)(tile, w, strip, x, r0, n, BF16); }
 
+#define INSTANTIATE_SET(set) INSTANTIATE(set)
+INSTANTIATE_SET(RUN_KERNELS)
+
 /* -- attention -- */
 
 INLINE vf SET(load)(const void *cache, size_t i, const int f32)
@@ -3866,7 +3881,7 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
     for (int j = 0; j < n; j++) {
         for (int i = 0; i < 64; i++)
             s[j][i] = i >= queries[j].first && i < queries[j].end ? s[j][i] : 0.0f;
-        sum[j] = softmax_block(s[j], &queries[j], scale, cap, &max[j]);
+        sum[j] = SET(softmax)(s[j], &queries[j], scale, cap, &max[j]);
         inner = queries[j].first > inner ? queries[j].first : inner;
         outer = queries[j].end < outer ? queries[j].end : outer;
     }
@@ -3898,7 +3913,7 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
                 out[j][d] = fma_(s[j][i], cached(values, value_at(i, d, hd), f32), out[j][d]);
         }
     for (int j = 0; j < n; j++)
-        merge_block(&queries[j], out[j], max[j], sum[j], hd);
+        SET(merge)(&queries[j], out[j], max[j], sum[j], hd);
 }
 
 #define ATTEND(name, f32)                                                                                     \
@@ -3914,9 +3929,6 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
 ATTEND(attend_f16, 0)
 ATTEND(attend_f32, 1)
 #undef ATTEND
-
-#define INSTANTIATE_SET(set) INSTANTIATE(set)
-INSTANTIATE_SET(RUN_KERNELS)
 
 #define REST(name) SET(name)
 #else
