@@ -1313,13 +1313,14 @@ struct kernels {
     uint64_t (*read)(const uint64_t *words, size_t n);
 };
 
-/* [N3] */
-INLINE float tree(float s[16])
+typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* [N3]: sums 8 apart, then 4, 2 and 1 apart. */
+INLINE float tree(const float s[16])
 {
-    for (int step = 8; step > 0; step /= 2)
-        for (int i = 0; i < step; i++)
-            s[i] += s[i + step];
-    return s[0];
+    const four_floats *q = (const four_floats *)(const void *)s;
+    four_floats t = (q[0] + q[2]) + (q[1] + q[3]);
+    return (t[0] + t[2]) + (t[1] + t[3]);
 }
 
 /* The integer weight of a packed matrix inside a block (row < 16, column < 64). */
@@ -1465,23 +1466,31 @@ INLINE void rope_(float *x, const float *table, int pairs, int interleaved)
     }
 }
 
-/* Scores of a block become probabilities relative to its maximum; returns their sum. [N4] */
+/* Scores of a block become probabilities relative to its maximum; returns their sum. Lanes of 16
+   that the query does not see at all are left alone. [N4] */
 INLINE float softmax_(float s[64], const struct query *q, float scale, float cap, float *max)
 {
-    float top = -INFINITY, lanes[16] = { 0 };
-    for (int i = 0; i < 64; i++) {
-        s[i] = s[i] * scale;
-        if (cap > 0)
-            s[i] = cap * tanh_(s[i] / cap);
-    }
-    for (int i = q->first; i < q->end; i++)
-        top = s[i] > top ? s[i] : top;
-    for (int i = 0; i < 64; i++)
-        s[i] = i >= q->first && i < q->end ? exp_(s[i] - top) : 0.0f;
-    for (int i = 0; i < 64; i += 16)
+    float top[16], lanes[16] = { 0 };
+    int low = q->first / 16 * 16, high = (q->end + 15) / 16 * 16;
+    for (int j = 0; j < 16; j++)
+        top[j] = -INFINITY;
+    for (int i = low; i < high; i++)
+        s[i] *= scale;
+    for (int i = low; cap > 0 && i < high; i++)
+        s[i] = cap * tanh_(s[i] / cap);
+    for (int i = low; i < high; i++)
+        s[i] = i >= q->first && i < q->end ? s[i] : -INFINITY;
+    for (int i = low; i < high; i += 16)
+        for (int j = 0; j < 16; j++)
+            top[j] = s[i + j] > top[j] ? s[i + j] : top[j];
+    for (int j = 1; j < 16; j++)
+        top[0] = top[j] > top[0] ? top[j] : top[0];
+    for (int i = low; i < high; i++)
+        s[i] = i >= q->first && i < q->end ? exp_(s[i] - top[0]) : 0.0f;
+    for (int i = low; i < high; i += 16)
         for (int j = 0; j < 16; j++)
             lanes[j] += s[i + j];
-    *max = top;
+    *max = top[0];
     return tree(lanes);
 }
 
@@ -3879,8 +3888,6 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
     }
     int inner = first, outer = end; /* where all n queries see */
     for (int j = 0; j < n; j++) {
-        for (int i = 0; i < 64; i++)
-            s[j][i] = i >= queries[j].first && i < queries[j].end ? s[j][i] : 0.0f;
         sum[j] = SET(softmax)(s[j], &queries[j], scale, cap, &max[j]);
         inner = queries[j].first > inner ? queries[j].first : inner;
         outer = queries[j].end < outer ? queries[j].end : outer;
