@@ -191,7 +191,7 @@ int run_generate(run_session *session, const run_generation *how, run_result *re
 #ifdef __clang__
 #pragma STDC FP_CONTRACT OFF
 #else
-#pragma GCC optimize("fp-contract=off")
+#pragma GCC optimize("fp-contract=off,no-trapping-math") /* the latter only lets comparisons be vectors */
 #endif
 
 #include <errno.h>
@@ -1162,7 +1162,8 @@ INLINE float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
    two powers of two since 2^n alone may be out of range. */
 INLINE float exp_(float x)
 {
-    float y = x > -104.0f ? x < 89.0f ? x : 89.0f : -104.0f; /* NaN becomes -104 */
+    float y = x > -104.0f ? x : -104.0f;                    /* NaN becomes -104 */
+    y = y < 89.0f ? y : 89.0f;
     float n = round_even(y * 0x1.715476p+0f);
     float r = fma_(n, -0x1.62e4p-1f, y);                    /* ln 2 in two parts: the first has */
     r = fma_(n, -0x1.7f7d1cp-20f, r);                       /* few bits, so n times it is exact */
@@ -1314,6 +1315,7 @@ struct kernels {
 };
 
 typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t four_ints __attribute__((vector_size(16), aligned(4), may_alias));
 
 /* [N3]: sums 8 apart, then 4, 2 and 1 apart. */
 INLINE float tree(const float s[16])
@@ -1321,6 +1323,19 @@ INLINE float tree(const float s[16])
     const four_floats *q = (const four_floats *)(const void *)s;
     four_floats t = (q[0] + q[2]) + (q[1] + q[3]);
     return (t[0] + t[2]) + (t[1] + t[3]);
+}
+
+/* The largest of n floats, n a positive multiple of 4. */
+INLINE float largest(const float *x, int n)
+{
+    four_floats top = *(const four_floats *)(const void *)x;
+    for (int i = 4; i < n; i += 4) {
+        four_floats next = *(const four_floats *)(const void *)(x + i);
+        four_ints larger = next > top;
+        top = (four_floats)((larger & (four_ints)next) | (~larger & (four_ints)top));
+    }
+    float a = top[0] > top[1] ? top[0] : top[1], b = top[2] > top[3] ? top[2] : top[3];
+    return a > b ? a : b;
 }
 
 /* The integer weight of a packed matrix inside a block (row < 16, column < 64). */
@@ -1470,27 +1485,21 @@ INLINE void rope_(float *x, const float *table, int pairs, int interleaved)
    that the query does not see at all are left alone. [N4] */
 INLINE float softmax_(float s[64], const struct query *q, float scale, float cap, float *max)
 {
-    float top[16], lanes[16] = { 0 };
-    int low = q->first / 16 * 16, high = (q->end + 15) / 16 * 16;
-    for (int j = 0; j < 16; j++)
-        top[j] = -INFINITY;
+    int first = q->first, end = q->end, low = first / 16 * 16, high = (end + 15) / 16 * 16;
     for (int i = low; i < high; i++)
         s[i] *= scale;
-    for (int i = low; cap > 0 && i < high; i++)
+    for (int i = first; cap > 0 && i < end; i++)
         s[i] = cap * tanh_(s[i] / cap);
+    for (int i = low; i < first; i++)
+        s[i] = -INFINITY;               /* of which exp_ makes exactly 0 */
+    for (int i = end; i < high; i++)
+        s[i] = -INFINITY;
+    float top = largest(s + low, high - low), lanes[16] = { 0 };
     for (int i = low; i < high; i++)
-        s[i] = i >= q->first && i < q->end ? s[i] : -INFINITY;
-    for (int i = low; i < high; i += 16)
-        for (int j = 0; j < 16; j++)
-            top[j] = s[i + j] > top[j] ? s[i + j] : top[j];
-    for (int j = 1; j < 16; j++)
-        top[0] = top[j] > top[0] ? top[j] : top[0];
-    for (int i = low; i < high; i++)
-        s[i] = i >= q->first && i < q->end ? exp_(s[i] - top[0]) : 0.0f;
-    for (int i = low; i < high; i += 16)
-        for (int j = 0; j < 16; j++)
-            lanes[j] += s[i + j];
-    *max = top[0];
+        s[i] = exp_(s[i] - top);
+    for (int i = low; i < high; i += 4)
+        *(four_floats *)(void *)(lanes + i % 16) += *(const four_floats *)(const void *)(s + i);
+    *max = top;
     return tree(lanes);
 }
 
@@ -2459,7 +2468,7 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
         p->tiles[p->n_tiles - 1].end = r + 1;
     }
     p->last.n = p->wanted;
-    int small = p->model->weight_bytes * (size_t)n < 1 << 19; /* not worth waking others for */
+    int small = p->model->weight_bytes * (size_t)n < 4 << 20; /* not worth waking others for */
     team_run(&p->team, small, forward, p);
     if (p->bad) {
         int layer = (p->bad - 1) / CHUNK, position = p->rows[(p->bad - 1) % CHUNK].position;
