@@ -10,8 +10,8 @@ its name.
             "<|end|>"       a list in the file               " hello"              " hel" "lo"
 
 Map: the interface · what the file holds · UTF-8 · the tokenizer in memory · lookups · opening
-(where all is checked) · merging · the pattern machine · NFC · the steps · added tokens · encoding ·
-decoding
+(where all is checked) · one call of tokenizer_encode · merging · the pattern machine · NFC · the
+steps · added tokens · encoding · decoding
 
 Invariants
   I1  After tokenizer_open nothing in the file can lead out of bounds: every offset, id, jump and
@@ -30,8 +30,9 @@ Invariants
 #define TOKENIZER_C
 
 #include <limits.h>
+#include <stdarg.h>
 #include <stdint.h>
-#include <stdio.h> /* snprintf alone, for messages */
+#include <stdio.h> /* vsnprintf alone, for messages */
 #include <stdlib.h>
 #include <string.h>
 
@@ -101,7 +102,7 @@ TOKENIZER_API size_t tokenizer_stream_end(tokenizer_stream *s, char *out);
 
 /* ---- What the file holds -----------------------------------------------------------------------
 
-Metadata (flags are 0 or 1)
+Metadata (of two words the first is meant where nothing stands; flags are 0 or 1)
   tokenizer.merge          rank: a table of pairs, the first in the table is joined first
                            score: neighbours that spell a token may be joined, highest score first
   tokenizer.symbols        bytes or chars: what BPE starts from. Of `chars` one that is no token
@@ -122,9 +123,9 @@ Tensors
   tokenizer.atoms          I32 [n,2]      first code point, atom: the classes of characters that the
                                           patterns tell apart, 1..255; together all code points
   tokenizer.sets           I32 [n,8]      sets of atoms, 256 bits each; atom 0: the end of the text
-  tokenizer.nfc.classes    I32 [n,3]      first, last code point, canonical combining class
-  tokenizer.nfc.decompose  I32 [n,5]      code point, its full decomposition (0: no more), ascending
-  tokenizer.nfc.compose    I32 [n,3]      first, second, composed, ascending
+  tokenizer.nfc.classes    I32 [n,3]      first, last code point, combining class; ascending
+  tokenizer.nfc.decompose  I32 [n,5]      code point, its full decomposition (0: no more); ascending
+  tokenizer.nfc.compose    I32 [n,3]      first, second, composed
 
 Steps are carried out in order; each works on every piece that the ones before it left. */
 enum {
@@ -149,52 +150,68 @@ enum {
 };
 enum { TYPE_LSTRIP = 0x10, TYPE_RSTRIP = 0x20, TYPE_WORD = 0x40, TYPE_NORMALIZED = 0x80 };
 enum { TOK_STEPS = 64, TOK_CODE = 8192, TOK_LONGEST = 65535, TOK_PROBES = 4096 }; /* limits */
-enum { TOK_POINTS = 0x110000 };
 
 /* ---- UTF-8 ----------------------------------------------------------------------------------- */
 
+/* Code points, and after them one for each byte that is part of no character (I2). */
+enum { TOK_POINTS = 0x110000, TOK_ALL_POINTS = TOK_POINTS + 256 };
+
 /* The length of the character that s begins with: 1..4; 0 if it is none; -1 if the n bytes are a
    good beginning and more are needed. Overlong forms, surrogates, what is above 10FFFF: none. */
-static int tok_utf8_length(const uint8_t *s, size_t n) {
-    if (s[0] < 0x80) return 1;
+static int tok_utf8_length(const uint8_t *s, size_t n)
+{
+    if (s[0] < 0x80)
+        return 1;
     int length = s[0] < 0xc2 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : s[0] < 0xf5 ? 4 : 0;
     uint8_t low = s[0] == 0xe0 ? 0xa0 : s[0] == 0xf0 ? 0x90 : 0x80;
     uint8_t high = s[0] == 0xed ? 0x9f : s[0] == 0xf4 ? 0x8f : 0xbf;
     for (int i = 1; i < length; i++, low = 0x80, high = 0xbf) {
-        if ((size_t)i >= n) return -1;
-        if (s[i] < low || s[i] > high) return 0;
+        if ((size_t)i >= n)
+            return -1;
+        if (s[i] < low || s[i] > high)
+            return 0;
     }
     return length;
 }
 
-/* The character at s and its length; an invalid byte is U+FFFD of length 1 (I2). n > 0. */
-static uint32_t tok_utf8_get(const uint8_t *s, size_t n, size_t *length) {
+/* The character at s, and its length in bytes. n > 0. */
+static uint32_t tok_utf8_get(const uint8_t *s, size_t n, size_t *length)
+{
     int k = tok_utf8_length(s, n);
-    uint32_t c = k <= 0 ? 0xfffd : k == 1 ? s[0] : s[0] & (0x7fu >> k);
-    for (int i = 1; i < k; i++) c = c << 6 | (s[i] & 0x3fu);
     *length = k > 0 ? (size_t)k : 1;
+    if (k <= 1)
+        return k == 1 ? s[0] : TOK_POINTS + (uint32_t)s[0];
+    uint32_t c = s[0] & (0x7fu >> k);
+    for (int i = 1; i < k; i++)
+        c = c << 6 | (s[i] & 0x3fu);
     return c;
 }
 
-/* The character that ends at s[n], n > 0. */
-static uint32_t tok_utf8_before(const uint8_t *s, size_t n, size_t *length) {
+/* The character that ends at s[n]. n > 0. */
+static uint32_t tok_utf8_before(const uint8_t *s, size_t n, size_t *length)
+{
     for (size_t k = n < 4 ? n : 4; k > 1; k--)
-        if (tok_utf8_length(s + n - k, k) == (int)k) return tok_utf8_get(s + n - k, k, length);
+        if (tok_utf8_length(s + n - k, k) == (int)k)
+            return tok_utf8_get(s + n - k, k, length);
     return tok_utf8_get(s + n - 1, 1, length);
 }
 
-static size_t tok_utf8_put(uint32_t c, uint8_t *out) {
-    if (c < 0x80) return out[0] = (uint8_t)c, 1;
-    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (uint8_t)(0x80 | (c & 0x3f));
-    out[0] = (uint8_t)((n == 2 ? 0xc0 : n == 3 ? 0xe0 : 0xf0) | c);
+/* Writes a character; returns its length in bytes. */
+static size_t tok_utf8_put(uint32_t c, uint8_t *out)
+{
+    size_t n = c < 0x80 || c >= TOK_POINTS ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, c >>= 6)
+        out[i] = (uint8_t)(0x80 | (c & 0x3f));
+    out[0] = (uint8_t)(n == 1 ? c : c | 0xff00u >> n);
     return n;
 }
 
 /* Unicode's White_Space, what lstrip and rstrip strip. */
-static int tok_is_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xa0 || c == 0x1680 || c == 0x2028
-        || (c >= 0x2000 && c <= 0x200a) || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+static int tok_is_space(uint32_t c)
+{
+    return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
 }
 
 /* ---- The tokenizer in memory ----------------------------------------------------------------- */
@@ -204,101 +221,132 @@ typedef struct {
     const int32_t *args; /* in the file */
 } tok_step;
 
+/* A hash table with open addressing, at most half full, of the rows of a tensor. */
+typedef struct {
+    uint32_t *slots, mask; /* 1 + row; 0: empty */
+    const uint8_t *rows;
+    const int32_t *offsets; /* where each row begins; NULL: rows of 12 bytes, the first 8 the key */
+} tok_table;
+
 struct tokenizer {
     /* in the file */
-    int vocab;
-    const uint8_t *bytes, *types;
-    const int32_t *offsets, *merges, *added, *sets, *decompose, *compose;
-    const float *scores; /* NULL: merge=rank */
-    int n_merges, n_added, n_sets, n_decompose, n_compose, n_steps;
+    int vocab, n_added, n_sets, n_steps;
+    const uint8_t *types;
+    const int32_t *merges, *added, *sets, *decompose, *compose;
+    const float *scores; /* if by_score */
     tok_step steps[TOK_STEPS];
-    /* in the metadata */
-    int chars, unknown, fuse_unknown, ignore_merges, strip_space;
+    int by_score, chars, unknown, fuse_unknown, ignore_merges, strip_space;
     /* made when it was opened */
-    size_t longest;   /* token, in bytes */
-    uint32_t *pieces; /* hash table: bytes -> 1 + id of a token that merging may make; 0: empty */
-    uint32_t *pairs;  /* hash table: (left, right) -> 1 + rank; 0: empty */
-    uint32_t piece_mask, pair_mask;
-    int word_set;             /* of STEP_WORD, -1: none */
+    tok_table pieces;         /* bytes -> a token that merging may make; has the bytes of all */
+    tok_table pairs;          /* left, right -> row of merges */
+    tok_table composed;       /* first, second -> row of compose */
+    size_t longest;           /* token, in bytes */
     int longest_code;         /* instructions of the longest pattern */
+    int word_set;             /* of STEP_WORD, -1: none */
     int32_t byte_tokens[256]; /* byte -> its token, -1: none. BPE starts from them, or falls back */
     uint8_t begins[256];      /* some added token begins with this byte */
     uint8_t joins[256][32];   /* bit set: these two bytes stand side by side in some token (I4) */
-    uint8_t *atoms;           /* [TOK_POINTS] code point -> atom; NULL: no pattern */
-    uint16_t *nfc;            /* [TOK_POINTS] code point -> combining class, NFC_ flags; or NULL */
+    int *shorter;             /* [n_added] the longest other that this one begins with, -1: none */
+    uint8_t *atoms;           /* [TOK_ALL_POINTS] atom; NULL: no pattern */
+    uint32_t *nfc;            /* [TOK_ALL_POINTS] bits below; NULL: never normalises */
 };
-enum { NFC_CLASS = 0xff, NFC_DECOMPOSES = 0x100, NFC_JOINS = 0x200 };
-
-static const uint8_t *tok_bytes(const tokenizer *t, int id, size_t *length) {
-    *length = (size_t)(t->offsets[id + 1] - t->offsets[id]);
-    return t->bytes + t->offsets[id];
-}
+/* combining class; joins what is before it; from there on 1 + row of its decomposition */
+enum { NFC_CLASS = 0xff, NFC_JOINS = 0x100, NFC_ROW_SHIFT = 9 };
 
 static int tok_kind(const tokenizer *t, int id) { return t->types[id] & 0x0f; }
 
-static int tok_in_set(const tokenizer *t, int set, unsigned atom) {
+/* May merging make it? */
+static int tok_is_ordinary(const tokenizer *t, int id)
+{
+    return tok_kind(t, id) == TOKEN_NORMAL || tok_kind(t, id) == TOKEN_USER;
+}
+
+static int tok_in_set(const tokenizer *t, int set, unsigned atom)
+{
     return (int)((uint32_t)t->sets[8 * set + (int)(atom >> 5)] >> (atom & 31) & 1);
 }
 
-/* ---- Lookups: two hash tables with open addressing, at most half full ------------------------ */
+/* ---- Lookups --------------------------------------------------------------------------------- */
 
-static uint32_t tok_hash(const uint8_t *s, size_t n) {
+static uint64_t tok_hash(const uint8_t *s, size_t n)
+{
     uint64_t h = n * 0x9e3779b97f4a7c15u;
-    for (; n >= 8; n -= 8, s += 8) {
-        uint64_t x;
-        memcpy(&x, s, 8);
+    for (size_t k; n; n -= k, s += k) {
+        uint64_t x = 0;
+        k = n < 8 ? n : 8;
+        memcpy(&x, s, k);
         h = (h ^ x) * 0xff51afd7ed558ccdu;
         h ^= h >> 32;
     }
-    uint64_t x = 0;
-    memcpy(&x, s, n);
-    h = (h ^ x) * 0xff51afd7ed558ccdu;
-    h ^= h >> 32;
-    return (uint32_t)(h * 0xc4ceb9fe1a85ec53u >> 32);
+    return h * 0xc4ceb9fe1a85ec53u >> 32;
 }
 
-static uint32_t tok_hash_pair(int32_t left, int32_t right) {
-    uint64_t h = ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0x9e3779b97f4a7c15u;
-    h = (h ^ h >> 32) * 0xff51afd7ed558ccdu;
-    return (uint32_t)(h >> 32);
+static const uint8_t *tok_key(const tok_table *table, uint32_t row, size_t *n)
+{
+    *n = table->offsets ? (size_t)(table->offsets[row + 1] - table->offsets[row]) : 8;
+    return table->rows + (table->offsets ? (size_t)table->offsets[row] : 12 * (size_t)row);
 }
 
-/* The slot of a piece, or the empty one where it belongs; NULL if the way there is longer than any
+static const uint8_t *tok_bytes(const tokenizer *t, int id, size_t *length)
+{
+    return tok_key(&t->pieces, (uint32_t)id, length);
+}
+
+/* The slot of a key, or the empty one where it belongs; NULL if the way there is longer than any
    honest table makes it. */
-static uint32_t *tok_piece_slot(const tokenizer *t, const uint8_t *s, size_t n) {
-    uint32_t i = tok_hash(s, n);
+static uint32_t *tok_slot(const tok_table *table, const uint8_t *s, size_t n)
+{
+    uint32_t i = (uint32_t)tok_hash(s, n);
     for (int probes = 0; probes < TOK_PROBES; probes++, i++) {
-        uint32_t *slot = &t->pieces[i & t->piece_mask];
+        uint32_t *slot = &table->slots[i & table->mask];
         size_t length;
-        if (!*slot) return slot;
-        const uint8_t *piece = tok_bytes(t, (int)(*slot - 1), &length);
-        if (length == n && !memcmp(piece, s, n)) return slot;
+        if (!*slot)
+            return slot;
+        const uint8_t *key = tok_key(table, *slot - 1, &length);
+        if (length == n && !memcmp(key, s, n))
+            return slot;
     }
     return NULL;
 }
 
-/* The same for a pair of tokens. */
-static uint32_t *tok_pair_slot(const tokenizer *t, int32_t left, int32_t right) {
-    uint32_t i = tok_hash_pair(left, right);
-    for (int probes = 0; probes < TOK_PROBES; probes++, i++) {
-        uint32_t *slot = &t->pairs[i & t->pair_mask];
-        if (!*slot) return slot;
-        const int32_t *m = t->merges + 3 * (size_t)(*slot - 1);
-        if (m[0] == left && m[1] == right) return slot;
-    }
-    return NULL;
-}
-
-/* The token that merging may produce and that spells these bytes; -1 if there is none. */
-static int tok_lookup(const tokenizer *t, const uint8_t *s, size_t n) {
-    const uint32_t *slot = n <= t->longest ? tok_piece_slot(t, s, n) : NULL;
+/* The row of a key; -1 if there is none. */
+static int tok_find(const tok_table *table, const uint8_t *s, size_t n)
+{
+    const uint32_t *slot = tok_slot(table, s, n);
     return slot ? (int)*slot - 1 : -1;
 }
 
-/* The rank of a pair of tokens; -1 if they do not merge. */
-static int tok_lookup_pair(const tokenizer *t, int32_t left, int32_t right) {
-    const uint32_t *slot = tok_pair_slot(t, left, right);
-    return slot ? (int)*slot - 1 : -1;
+static int tok_find_pair(const tok_table *table, int32_t left, int32_t right)
+{
+    int32_t pair[2] = { left, right };
+    return tok_find(table, (const uint8_t *)pair, sizeof pair);
+}
+
+/* The token that merging may make and that spells these bytes; -1 if there is none. */
+static int tok_lookup(const tokenizer *t, const uint8_t *s, size_t n)
+{
+    return n <= t->longest ? tok_find(&t->pieces, s, n) : -1;
+}
+
+static int tok_table_new(tok_table *table, int n, const void *rows, const int32_t *offsets)
+{
+    table->rows = rows;
+    table->offsets = offsets;
+    for (table->mask = 1; table->mask < 2 * (uint32_t)n;)
+        table->mask = 2 * table->mask + 1;
+    table->slots = calloc((size_t)table->mask + 1, sizeof *table->slots);
+    return table->slots != NULL;
+}
+
+/* Of two rows with one key the first is kept. 0 if there is no place for it. */
+static int tok_add(tok_table *table, int row)
+{
+    size_t n;
+    const uint8_t *s = tok_key(table, (uint32_t)row, &n);
+    uint32_t *slot = tok_slot(table, s, n);
+    if (slot && !*slot)
+        *slot = (uint32_t)row + 1;
+    return slot != NULL;
 }
 
 /* ---- Opening --------------------------------------------------------------------------------- */
@@ -307,353 +355,279 @@ typedef struct {
     const tokenizer_source *source;
     char *error;
     size_t error_size;
+    int failed;
 } tok_opening;
 
-/* Writes the sentence; is 0, what a function of this section returns if something is wrong. */
-#define TOK_FAIL(o, ...) (snprintf((o)->error, (o)->error_size, __VA_ARGS__), 0)
-
-static int tok_bad_row(tok_opening *o, const char *name, int row) {
-    return TOK_FAIL(o, "%s: row %d is not well formed; export the model again", name, row);
+/* Says what is wrong, with a row or (-1) with all of it; the first failure counts. Returns 0, as
+   the functions below do that look for failures. */
+static int tok_bad(tok_opening *o, const char *name, int row)
+{
+    const char *sentence = row < 0 ? "%s is missing, damaged, or too large for the memory"
+                                   : "%s is damaged in row %d, or made for a newer version";
+    if (!o->failed)
+        snprintf(o->error, o->error_size, sentence, name, row);
+    o->failed = 1;
+    return 0;
 }
 
-static int tok_no_memory(tok_opening *o) {
-    return TOK_FAIL(o, "not enough memory for the tokenizer");
-}
-
-/* A tensor with rows of `columns` elements. 0 if it must be there and is not, or has no whole
-   number of rows. */
-static int tok_tensor(tok_opening *o, const char *name, const char *dtype, size_t columns,
-                      int required, const void **data, int *rows) {
+/* A tensor with rows of so many elements; NULL and no rows if there is none. Integers must be
+   0..most; most < 0: any. */
+static const void *tok_tensor(tok_opening *o, const char *name, const char *dtype, size_t columns,
+                              int most, int *rows)
+{
     size_t bytes = 0, width = columns * (dtype[0] == 'U' ? 1 : 4);
-    *data = o->source->tensor(o->source->context, name, dtype, &bytes);
-    *rows = 0;
-    if (!*data && !required) return 1;
-    if (!*data) return TOK_FAIL(o, "the tokenizer has no tensor %s of type %s", name, dtype);
-    if (bytes % width || bytes / width > INT_MAX / 8)
-        return TOK_FAIL(o, "%s has %zu bytes, not a whole number of rows of %zu", name, bytes,
-                        width);
-    *rows = (int)(bytes / width);
-    return 1;
+    const int32_t *data = o->source->tensor(o->source->context, name, dtype, &bytes);
+    *rows = data ? (int)(bytes / width % INT_MAX) : 0;
+    if (data && (bytes % width || bytes / width > INT_MAX / 8))
+        tok_bad(o, name, -1);
+    for (size_t i = 0; data && most >= 0 && i < bytes / 4 && !o->failed; i++)
+        if (data[i] < 0 || data[i] > most)
+            tok_bad(o, name, (int)(i / columns));
+    return data;
 }
 
-/* Which of two words stands in the metadata; where it is absent, the first if `optional`. */
-static int tok_choice(tok_opening *o, const char *key, const char *a, const char *b, int optional,
-                      int *is_b) {
+/* Which of two words stands in the metadata: 0 the first (or nothing), 1 the second. */
+static int tok_choice(tok_opening *o, const char *key, const char *first, const char *second)
+{
     const char *s = o->source->text(o->source->context, key);
-    *is_b = s && !strcmp(s, b);
-    return *is_b || (s ? !strcmp(s, a) : optional)
-           || TOK_FAIL(o, "%s is \"%.20s\"; it must be %s or %s", key, s ? s : "", a, b);
+    if (s && strcmp(s, first) && strcmp(s, second))
+        tok_bad(o, key, -1);
+    return s && !strcmp(s, second);
 }
 
-static int tok_open_metadata(tok_opening *o, tokenizer *t) {
+static int tok_open_metadata(tok_opening *o, tokenizer *t)
+{
     const char *unknown = o->source->text(o->source->context, "tokenizer.unknown");
-    t->unknown = -1;
-    if (unknown) {
-        char *end;
-        long id = strtol(unknown, &end, 10);
-        if (end == unknown || *end || id < 0 || id >= t->vocab)
-            return TOK_FAIL(o, "tokenizer.unknown is \"%.20s\", not one of the %d tokens", unknown,
-                            t->vocab);
-        t->unknown = (int)id;
-    }
-    return tok_choice(o, "tokenizer.symbols", "bytes", "chars", 0, &t->chars)
-           && tok_choice(o, "tokenizer.fuse_unknown", "0", "1", 1, &t->fuse_unknown)
-           && tok_choice(o, "tokenizer.ignore_merges", "0", "1", 1, &t->ignore_merges)
-           && tok_choice(o, "tokenizer.strip_space", "0", "1", 1, &t->strip_space);
+    char *end = NULL;
+    long id = unknown ? strtol(unknown, &end, 10) : -1;
+    if (unknown && (end == unknown || *end || id < 0 || id >= t->vocab))
+        tok_bad(o, "tokenizer.unknown", -1);
+    t->unknown = (int)id;
+    t->by_score = tok_choice(o, "tokenizer.merge", "rank", "score");
+    t->chars = tok_choice(o, "tokenizer.symbols", "bytes", "chars");
+    t->fuse_unknown = tok_choice(o, "tokenizer.fuse_unknown", "0", "1");
+    t->ignore_merges = tok_choice(o, "tokenizer.ignore_merges", "0", "1");
+    t->strip_space = tok_choice(o, "tokenizer.strip_space", "0", "1");
+    return !o->failed;
 }
 
-/* The bytes, offsets and types of all tokens, and the table from bytes to tokens. */
-static int tok_open_pieces(tok_opening *o, tokenizer *t) {
-    const void *bytes, *offsets, *types;
-    int n_bytes, n_offsets, n_types;
-    if (!tok_tensor(o, "tokenizer.bytes", "U8", 1, 1, &bytes, &n_bytes)
-        || !tok_tensor(o, "tokenizer.offsets", "I32", 1, 1, &offsets, &n_offsets)
-        || !tok_tensor(o, "tokenizer.types", "U8", 1, 1, &types, &n_types))
-        return 0;
-    if (n_offsets != t->vocab + 1 || n_types != t->vocab)
-        return TOK_FAIL(
-            o, "the tokenizer has %d types and %d offsets; for %d tokens it must have %d and %d",
-            n_types, n_offsets, t->vocab, t->vocab, t->vocab + 1);
-    t->bytes = bytes, t->offsets = offsets, t->types = types;
-    if (t->offsets[0] != 0 || t->offsets[t->vocab] != n_bytes)
-        return TOK_FAIL(o, "tokenizer.offsets run from %d to %d; they must run from 0 to %d",
-                        t->offsets[0], t->offsets[t->vocab], n_bytes);
-    for (int id = 0; id < t->vocab; id++)
-        if (t->offsets[id] > t->offsets[id + 1] || t->offsets[id + 1] > n_bytes
-            || t->offsets[id + 1] - t->offsets[id] > TOK_LONGEST)
-            return TOK_FAIL(o, "token %d runs from byte %d to byte %d of %d", id, t->offsets[id],
-                            t->offsets[id + 1], n_bytes);
-    t->piece_mask = 1;
-    while (t->piece_mask < 2 * (uint32_t)t->vocab) t->piece_mask = 2 * t->piece_mask + 1;
-    t->pieces = calloc((size_t)t->piece_mask + 1, sizeof *t->pieces);
-    if (!t->pieces) return tok_no_memory(o);
+/* What the tokens spell, and all that follows from it. */
+static int tok_open_pieces(tok_opening *o, tokenizer *t)
+{
+    int n_bytes, n_offsets, n_types, n_scores;
+    const void *bytes = tok_tensor(o, "tokenizer.bytes", "U8", 1, -1, &n_bytes);
+    const void *offsets = tok_tensor(o, "tokenizer.offsets", "I32", 1, n_bytes, &n_offsets);
+    t->types = tok_tensor(o, "tokenizer.types", "U8", 1, -1, &n_types);
+    t->scores = tok_tensor(o, "tokenizer.scores", "F32", 1, -1, &n_scores);
+    if (o->failed || !bytes || n_offsets != t->vocab + 1 || n_types != t->vocab ||
+        (t->by_score && n_scores != t->vocab) ||
+        !tok_table_new(&t->pieces, t->vocab, bytes, offsets))
+        return tok_bad(o, "the table of tokens", -1);
     memset(t->byte_tokens, -1, sizeof t->byte_tokens);
     for (int id = 0; id < t->vocab; id++) {
-        size_t length;
+        size_t length; /* huge if it is negative */
         const uint8_t *s = tok_bytes(t, id, &length);
-        int kind = tok_kind(t, id);
-        if (kind < TOKEN_NORMAL || kind > TOKEN_BYTE)
-            return TOK_FAIL(o, "token %d is of the unknown kind %d", id, kind);
-        if (kind == TOKEN_BYTE && length != 1)
-            return TOK_FAIL(o, "token %d stands for a byte, but has %zu bytes", id, length);
-        if (kind == TOKEN_BYTE) t->byte_tokens[s[0]] = id;
-        if (length > t->longest) t->longest = length;
-        if ((kind != TOKEN_NORMAL && kind != TOKEN_USER) || !length) continue;
-        uint32_t *slot = tok_piece_slot(t, s, length);
-        if (!slot) return TOK_FAIL(o, "the tokens look made to slow down their lookup");
-        if (!*slot) *slot = (uint32_t)id + 1; /* of two that spell the same, the first is taken */
+        int kind = tok_kind(t, id), is_nan = t->by_score && t->scores[id] != t->scores[id];
+        if (length > TOK_LONGEST || kind < TOKEN_NORMAL || kind > TOKEN_BYTE || is_nan ||
+            (kind == TOKEN_BYTE && length != 1))
+            return tok_bad(o, "the table of tokens", id);
+        if (length > t->longest)
+            t->longest = length;
+        if (kind == TOKEN_BYTE)
+            t->byte_tokens[s[0]] = id;
+        if (!tok_is_ordinary(t, id) || !length)
+            continue;
+        if (!tok_add(&t->pieces, id))
+            return tok_bad(o, "the table of tokens", id);
+        for (size_t i = 1; i < length; i++)
+            t->joins[s[i - 1]][s[i] >> 3] |= (uint8_t)(1 << (s[i] & 7));
     }
     for (int b = 0; !t->chars && b < 256; b++) {
-        int id = tok_lookup(t, &(uint8_t){(uint8_t)b}, 1);
-        if (id >= 0) t->byte_tokens[b] = id;
+        int id = tok_lookup(t, &(uint8_t){ (uint8_t)b }, 1);
+        if (id >= 0)
+            t->byte_tokens[b] = id;
     }
     return 1;
 }
 
-/* Any token that merging may make allows its inner pairs of bytes to be joined (I4). */
-static void tok_allow_joins(tokenizer *t, int id) {
-    size_t length;
-    const uint8_t *s = tok_bytes(t, id, &length);
-    for (size_t i = 1; i < length; i++) t->joins[s[i - 1]][s[i] >> 3] |= (uint8_t)(1 << (s[i] & 7));
-}
-
-static int tok_open_scores(tok_opening *o, tokenizer *t) {
-    const void *scores;
+static int tok_open_merges(tok_opening *o, tokenizer *t)
+{
     int n;
-    if (!tok_tensor(o, "tokenizer.scores", "F32", 1, 1, &scores, &n)) return 0;
-    if (n != t->vocab)
-        return TOK_FAIL(o, "tokenizer.scores has %d entries for %d tokens", n, t->vocab);
-    t->scores = scores;
-    for (int id = 0; id < t->vocab; id++) {
-        if (t->scores[id] != t->scores[id])
-            return TOK_FAIL(o, "the score of token %d is not a number", id);
-        if (tok_kind(t, id) == TOKEN_NORMAL || tok_kind(t, id) == TOKEN_USER)
-            tok_allow_joins(t, id);
-    }
-    return 1;
-}
-
-static int tok_open_merges(tok_opening *o, tokenizer *t) {
-    const void *merges;
-    if (!tok_tensor(o, "tokenizer.merges", "I32", 3, 1, &merges, &t->n_merges)) return 0;
-    t->merges = merges;
-    t->pair_mask = 1;
-    while (t->pair_mask < 2 * (uint32_t)t->n_merges) t->pair_mask = 2 * t->pair_mask + 1;
-    t->pairs = calloc((size_t)t->pair_mask + 1, sizeof *t->pairs);
-    if (!t->pairs) return tok_no_memory(o);
-    for (int rank = 0; rank < t->n_merges; rank++) {
+    t->merges = tok_tensor(o, "tokenizer.merges", "I32", 3, t->vocab - 1, &n);
+    if (o->failed || !t->merges || !tok_table_new(&t->pairs, n, t->merges, NULL))
+        return tok_bad(o, "tokenizer.merges", -1);
+    for (int rank = 0; rank < n; rank++) {
         const int32_t *m = t->merges + 3 * (size_t)rank;
-        for (int k = 0; k < 3; k++)
-            if (m[k] < 0 || m[k] >= t->vocab)
-                return TOK_FAIL(o, "merge %d names token %d of %d", rank, m[k], t->vocab);
         size_t left, right, both;
-        const uint8_t *a = tok_bytes(t, m[0], &left), *b = tok_bytes(t, m[1], &right),
-                      *c = tok_bytes(t, m[2], &both);
-        if (both != left + right || !left || !right || memcmp(c, a, left)
-            || memcmp(c + left, b, right))
-            return TOK_FAIL(o, "merge %d: token %d does not spell token %d and token %d", rank,
-                            m[2], m[0], m[1]);
-        if (tok_kind(t, m[2]) != TOKEN_NORMAL && tok_kind(t, m[2]) != TOKEN_USER)
-            return TOK_FAIL(o, "merge %d makes token %d, which is not an ordinary one", rank,
-                            m[2]); /* I3 */
-        tok_allow_joins(t, m[2]);
-        uint32_t *slot = tok_pair_slot(t, m[0], m[1]);
-        if (!slot) return TOK_FAIL(o, "the merges look made to slow down their lookup");
-        if (!*slot) *slot = (uint32_t)rank + 1; /* of two merges of one pair, the first is taken */
+        const uint8_t *a = tok_bytes(t, m[0], &left), *b = tok_bytes(t, m[1], &right);
+        const uint8_t *c = tok_bytes(t, m[2], &both);
+        if (!left || !right || both != left + right || memcmp(c, a, left) ||
+            memcmp(c + left, b, right) || !tok_is_ordinary(t, m[2]) || /* I4, I3 */
+            !tok_add(&t->pairs, rank))
+            return tok_bad(o, "tokenizer.merges", rank);
     }
     return 1;
 }
 
-static int tok_open_added(tok_opening *o, tokenizer *t) {
-    const void *added;
-    if (!tok_tensor(o, "tokenizer.added", "I32", 1, 0, &added, &t->n_added)) return 0;
-    t->added = added;
+/* The order of bytes: < 0, 0, > 0. What another begins with comes before it. */
+static int tok_order(const uint8_t *a, size_t n_a, const uint8_t *b, size_t n_b)
+{
+    int order = memcmp(a, b, n_a < n_b ? n_a : n_b);
+    return order ? order : (n_a > n_b) - (n_a < n_b);
+}
+
+static int tok_open_added(tok_opening *o, tokenizer *t)
+{
+    t->added = tok_tensor(o, "tokenizer.added", "I32", 1, t->vocab - 1, &t->n_added);
+    if (o->failed || !(t->shorter = calloc((size_t)t->n_added + 1, sizeof *t->shorter)))
+        return tok_bad(o, "tokenizer.added", -1);
     for (int i = 0; i < t->n_added; i++) {
-        int id = t->added[i];
-        if (id < 0 || id >= t->vocab)
-            return TOK_FAIL(o, "added token %d is number %d of %d", i, id, t->vocab);
-        size_t length, before;
-        const uint8_t *s = tok_bytes(t, id, &length);
-        if (!length) return TOK_FAIL(o, "the added token %d is empty", id);
-        if (tok_kind(t, id) != TOKEN_USER && t->types[id] & TYPE_NORMALIZED)
-            return TOK_FAIL(
-                o,
-                "the control token %d wants normalised text; only text as it came can be trusted",
-                id);
+        int id = t->added[i], k = i - 1;
+        size_t n, n_other = 0;
+        const uint8_t *s = tok_bytes(t, id, &n);
+        const uint8_t *other = i ? tok_bytes(t, t->added[k], &n_other) : s;
+        if (tok_order(other, n_other, s, n) >= 0 || /* only text as it came can be trusted: */
+            (tok_kind(t, id) != TOKEN_USER && t->types[id] & TYPE_NORMALIZED))
+            return tok_bad(o, "tokenizer.added", i);
         t->begins[s[0]] = 1;
-        if (!i) continue;
-        const uint8_t *last = tok_bytes(t, t->added[i - 1], &before);
-        int order = memcmp(last, s, before < length ? before : length);
-        if (order > 0 || (order == 0 && before >= length))
-            return TOK_FAIL(o, "the added tokens %d and %d are not in ascending order",
-                            t->added[i - 1], id);
+        while (k >= 0 && (n_other >= n || memcmp(other, s, n_other)))
+            if ((k = t->shorter[k]) >= 0)
+                other = tok_bytes(t, t->added[k], &n_other);
+        t->shorter[i] = k;
     }
     return 1;
 }
 
-/* One pattern: every jump stays inside, no instruction runs off the end, sets exist, and only
-   OP_AHEAD may be pleased with the end of the text. */
-static int tok_check_code(tok_opening *o, tokenizer *t, const tok_step *step) {
+static int tok_open_atoms(tok_opening *o, tokenizer *t)
+{
+    int n;
+    const int32_t *a = tok_tensor(o, "tokenizer.atoms", "I32", 2, TOK_POINTS - 1, &n);
+    t->sets = tok_tensor(o, "tokenizer.sets", "I32", 8, -1, &t->n_sets);
+    if (o->failed || (n && !(t->atoms = malloc(TOK_ALL_POINTS))))
+        return tok_bad(o, "tokenizer.atoms", -1);
+    for (int i = 0; i < n; i++, a += 2) {
+        int next = i + 1 < n ? a[2] : TOK_POINTS;
+        if ((i == 0 && a[0] != 0) || next <= a[0] || a[1] < 1 || a[1] > 255)
+            return tok_bad(o, "tokenizer.atoms", i);
+        memset(t->atoms + a[0], a[1], (size_t)(next - a[0]));
+    }
+    if (n) /* I2 */
+        memset(t->atoms + TOK_POINTS, t->atoms[0xfffd], TOK_ALL_POINTS - TOK_POINTS);
+    return 1;
+}
+
+static int tok_open_nfc(tok_opening *o, tokenizer *t)
+{
+    int n_classes, n_rows, n_pairs;
+    const int32_t *c = tok_tensor(o, "tokenizer.nfc.classes", "I32", 3, TOK_POINTS - 1, &n_classes);
+    const int32_t *d = tok_tensor(o, "tokenizer.nfc.decompose", "I32", 5, TOK_POINTS - 1, &n_rows);
+    const int32_t *p = tok_tensor(o, "tokenizer.nfc.compose", "I32", 3, TOK_POINTS - 1, &n_pairs);
+    t->decompose = d;
+    t->compose = p;
+    if (o->failed || !c || !d || !p)
+        return !o->failed; /* without t->nfc there can be no STEP_NFC */
+    t->nfc = calloc(TOK_ALL_POINTS, sizeof *t->nfc);
+    if (!t->nfc || !tok_table_new(&t->composed, n_pairs, p, NULL))
+        return tok_bad(o, "tokenizer.nfc.compose", -1);
+    for (int i = 0; i < n_classes; i++, c += 3) {
+        if (c[1] < c[0] || (i && c[0] <= c[-2]) || c[2] < 1 || c[2] > 255)
+            return tok_bad(o, "tokenizer.nfc.classes", i);
+        for (int point = c[0]; point <= c[1]; point++)
+            t->nfc[point] = (uint32_t)c[2] | NFC_JOINS;
+    }
+    for (int i = 0; i < n_rows; i++, d += 5) {
+        if (i && d[-5] >= d[0])
+            return tok_bad(o, "tokenizer.nfc.decompose", i);
+        t->nfc[d[0]] |= (uint32_t)(i + 1) << NFC_ROW_SHIFT;
+    }
+    for (int i = 0; i < n_pairs; i++, p += 3) {
+        if (!tok_add(&t->composed, i))
+            return tok_bad(o, "tokenizer.nfc.compose", i);
+        t->nfc[p[1]] |= NFC_JOINS;
+    }
+    for (int jamo = 0x1161; jamo <= 0x11c2; jamo++) /* Hangul vowels and final consonants */
+        t->nfc[jamo] |= NFC_JOINS;
+    return 1;
+}
+
+/* Every jump of a pattern stays inside, no instruction runs off its end, its sets exist. */
+static int tok_check_pattern(tokenizer *t, const tok_step *step)
+{
+    const int32_t *c = step->args + 2;
     int n = (step->n - 2) / 3;
-    if (step->n < 5 || (step->n - 2) % 3 || n > TOK_CODE || step->args[0] < SPLIT_REMOVED
-        || step->args[0] > SPLIT_CONTIGUOUS || step->args[1] < 0 || step->args[1] > 1)
-        return TOK_FAIL(o, "tokenizer.program: a split of %d numbers is not well formed", step->n);
-    if (!t->atoms)
-        return TOK_FAIL(o, "tokenizer.program splits by pattern, but there is no tokenizer.atoms");
-    for (int pc = 0; pc < n; pc++) {
-        const int32_t *c = step->args + 2 + 3 * pc;
-        int jumps = c[0] == OP_FORK   ? 2
-                    : c[0] == OP_JUMP ? 1
-                                      : 0,
-            good = c[0] >= OP_MATCH && c[0] <= OP_FORK;
-        for (int k = 1; k <= jumps; k++) good = good && c[k] >= 0 && c[k] < n;
-        if (c[0] == OP_SET || c[0] == OP_AHEAD)
-            good = c[1] >= 0 && c[1] < t->n_sets && pc + 1 < n
-                   && (c[0] == OP_AHEAD || !tok_in_set(t, c[1], 0));
-        if (!good)
-            return TOK_FAIL(
-                o, "tokenizer.program: instruction %d of a pattern (%d %d %d) is not well formed",
-                pc, c[0], c[1], c[2]);
-    }
-    if (n > t->longest_code) t->longest_code = n;
-    return 1;
-}
-
-static int tok_open_atoms(tok_opening *o, tokenizer *t) {
-    const void *atoms, *sets;
-    int n;
-    if (!tok_tensor(o, "tokenizer.atoms", "I32", 2, 0, &atoms, &n)) return 0;
-    if (!tok_tensor(o, "tokenizer.sets", "I32", 8, 0, &sets, &t->n_sets)) return 0;
-    t->sets = sets;
-    if (!n) return 1;
-    t->atoms = malloc(TOK_POINTS);
-    if (!t->atoms) return tok_no_memory(o);
-    const int32_t *a = atoms;
-    for (int i = 0; i < n; i++) {
-        int64_t first = a[2 * i], next = i + 1 < n ? a[2 * i + 2] : TOK_POINTS;
-        if ((i == 0 && first != 0) || next <= first || next > TOK_POINTS || a[2 * i + 1] < 1
-            || a[2 * i + 1] > 255)
-            return tok_bad_row(o, "tokenizer.atoms", i);
-        memset(t->atoms + first, a[2 * i + 1], (size_t)(next - first));
-    }
-    return 1;
-}
-
-static int tok_is_point(int64_t c) {
-    return c >= 0 && c < TOK_POINTS && (c < 0xd800 || c > 0xdfff);
-}
-
-static int tok_open_nfc(tok_opening *o, tokenizer *t) {
-    const void *classes, *decompose, *compose;
-    int n;
-    if (t->nfc) return 1;
-    if (!tok_tensor(o, "tokenizer.nfc.classes", "I32", 3, 1, &classes, &n)
-        || !tok_tensor(o, "tokenizer.nfc.decompose", "I32", 5, 1, &decompose, &t->n_decompose)
-        || !tok_tensor(o, "tokenizer.nfc.compose", "I32", 3, 1, &compose, &t->n_compose))
+    if (!t->atoms || step->n < 5 || step->n != 2 + 3 * n || n > TOK_CODE ||
+        step->args[0] < SPLIT_REMOVED || step->args[0] > SPLIT_CONTIGUOUS)
         return 0;
-    t->decompose = decompose, t->compose = compose;
-    t->nfc = calloc(TOK_POINTS, sizeof *t->nfc);
-    if (!t->nfc) return tok_no_memory(o);
-    for (int i = 0; i < n; i++) {
-        const int32_t *c = (const int32_t *)classes + 3 * (size_t)i;
-        if (c[0] < 0 || c[1] < c[0] || c[1] >= TOK_POINTS || c[2] < 1 || c[2] > 255)
-            return tok_bad_row(o, "tokenizer.nfc.classes", i);
-        for (int p = c[0]; p <= c[1]; p++) t->nfc[p] = (uint16_t)(c[2] | NFC_JOINS);
+    for (int pc = 0; pc < n; pc++, c += 3) {
+        int reads = c[0] == OP_SET || c[0] == OP_AHEAD, jumps = c[0] == OP_JUMP || c[0] == OP_FORK;
+        if (c[0] < OP_MATCH || c[0] > OP_FORK || (jumps && (c[1] < 0 || c[1] >= n)) ||
+            (c[0] == OP_FORK && (c[2] < 0 || c[2] >= n)) ||
+            (reads && (c[1] < 0 || c[1] >= t->n_sets || pc + 1 == n)))
+            return 0;
     }
-    for (int i = 0; i < t->n_decompose; i++) {
-        const int32_t *d = t->decompose + 5 * (size_t)i;
-        int good = !i || d[-5] < d[0];
-        for (int k = 0; k < 5; k++) good = good && tok_is_point(d[k]) && (k > 1 || d[k]);
-        if (!good) return tok_bad_row(o, "tokenizer.nfc.decompose", i);
-        t->nfc[d[0]] |= NFC_DECOMPOSES;
-    }
-    for (int i = 0; i < t->n_compose; i++) {
-        const int32_t *c = t->compose + 3 * (size_t)i;
-        int good = !i || c[-3] < c[0] || (c[-3] == c[0] && c[-2] < c[1]);
-        for (int k = 0; k < 3; k++) good = good && tok_is_point(c[k]) && c[k];
-        if (!good) return tok_bad_row(o, "tokenizer.nfc.compose", i);
-        t->nfc[c[1]] |= NFC_JOINS;
-    }
-    for (int c = 0x1161; c <= 0x11c2; c++)
-        t->nfc[c] |= NFC_JOINS; /* Hangul vowels and final consonants */
+    if (n > t->longest_code)
+        t->longest_code = n;
     return 1;
 }
 
-static int tok_open_steps(tok_opening *o, tokenizer *t) {
-    const void *program;
+static int tok_open_steps(tok_opening *o, tokenizer *t)
+{
     int n;
+    const int32_t *p = tok_tensor(o, "tokenizer.program", "I32", 1, -1, &n);
     t->word_set = -1;
-    if (!tok_tensor(o, "tokenizer.program", "I32", 1, 0, &program, &n)) return 0;
-    for (const int32_t *p = program, *end = p + n; n && p < end;) {
-        if (t->n_steps == TOK_STEPS)
-            return TOK_FAIL(o, "tokenizer.program has more than %d steps", TOK_STEPS);
-        if (end - p < 2 || p[1] < 0 || p[1] > end - p - 2)
-            return TOK_FAIL(o, "tokenizer.program: step %d runs off its end", t->n_steps);
-        tok_step *step = &t->steps[t->n_steps++];
-        *step = (tok_step){p[0], p[1], p + 2};
-        int strings = step->n; /* arguments from here on are bytes */
-        switch (step->op) {
-        case STEP_PREPEND:
-            if (step->n < 2 || step->args[0] < 0 || step->args[0] > 31) goto malformed;
-            strings = 1;
-            break;
-        case STEP_REPLACE:
-            if (step->n < 2 || step->args[0] < 1 || step->args[0] > step->n - 1) goto malformed;
-            strings = 1;
-            break;
-        case STEP_NFC:
-            if (!tok_open_nfc(o, t)) return 0;
-            break;
-        case STEP_ADDED: break;
-        case STEP_SPLIT:
-            if (!tok_check_code(o, t, step)) return 0;
-            break;
-        case STEP_WORD:
-            if (step->n != 1 || !t->atoms || step->args[0] < 0 || step->args[0] >= t->n_sets)
-                goto malformed;
-            t->word_set = step->args[0];
-            break;
-        default:
-            return TOK_FAIL(o,
-                            "tokenizer.program: operation %d is unknown; a newer run.c may know it",
-                            step->op);
-        }
-        for (int i = strings; i < step->n; i++)
-            if (step->args[i] < 0 || step->args[i] > 255) goto malformed;
-        p = step->args + step->n;
-        continue;
-    malformed:
-        return TOK_FAIL(o, "tokenizer.program: step %d (operation %d) is not well formed",
-                        t->n_steps - 1, step->op);
+    for (int at = 0; at < n && !o->failed; t->n_steps++) {
+        int fits = n - at >= 2 && p[at + 1] >= 0 && p[at + 1] <= n - at - 2, good = 0;
+        if (!fits || t->n_steps == TOK_STEPS)
+            return tok_bad(o, "tokenizer.program", at);
+        tok_step *s = &t->steps[t->n_steps];
+        *s = (tok_step){ p[at], p[at + 1], p + at + 2 };
+        if (s->op == STEP_PREPEND)
+            good = s->n >= 1;
+        else if (s->op == STEP_REPLACE)
+            good = s->n >= 1 && s->args[0] >= 1 && s->args[0] < s->n;
+        else if (s->op == STEP_NFC)
+            good = t->nfc != NULL;
+        else if (s->op == STEP_ADDED)
+            good = 1;
+        else if (s->op == STEP_SPLIT)
+            good = tok_check_pattern(t, s);
+        else if (s->op == STEP_WORD && s->n == 1 && t->atoms && s->args[0] < t->n_sets)
+            good = (t->word_set = s->args[0]) >= 0;
+        if (!good)
+            return tok_bad(o, "tokenizer.program", at);
+        at += 2 + s->n;
     }
-    return 1;
+    return !o->failed;
 }
 
 tokenizer *tokenizer_open(const tokenizer_source *source, int vocab_size, char *error,
-                          size_t error_size) {
-    tok_opening o = {source, error, error_size};
+                          size_t error_size)
+{
+    tok_opening o = { source, error, error_size, 0 };
     tokenizer *t = calloc(1, sizeof *t);
-    int by_score;
-    if (!t) {
-        (void)tok_no_memory(&o);
-        return NULL;
-    }
-    t->vocab = vocab_size;
-    if (vocab_size < 1 || vocab_size > INT_MAX / 8) {
-        (void)TOK_FAIL(&o, "a vocabulary cannot have %d tokens", vocab_size);
-    } else if (tok_choice(&o, "tokenizer.merge", "rank", "score", 0, &by_score)
-               && tok_open_metadata(&o, t) && tok_open_pieces(&o, t)
-               && (by_score ? tok_open_scores(&o, t) : tok_open_merges(&o, t))
-               && tok_open_added(&o, t) && tok_open_atoms(&o, t) && tok_open_steps(&o, t)) {
-        return t;
+    if (!t || vocab_size < 1 || vocab_size > INT_MAX / 8) {
+        tok_bad(&o, "the vocabulary", -1);
+    } else {
+        t->vocab = vocab_size;
+        if (tok_open_metadata(&o, t) && tok_open_pieces(&o, t) &&
+            (t->by_score || tok_open_merges(&o, t)) && tok_open_added(&o, t) &&
+            tok_open_atoms(&o, t) && tok_open_nfc(&o, t) && tok_open_steps(&o, t))
+            return t;
     }
     tokenizer_close(t);
     return NULL;
 }
 
-void tokenizer_close(tokenizer *t) {
-    if (!t) return;
-    free(t->pieces), free(t->pairs), free(t->atoms), free(t->nfc);
+void tokenizer_close(tokenizer *t)
+{
+    if (!t)
+        return;
+    free(t->pieces.slots);
+    free(t->pairs.slots);
+    free(t->composed.slots);
+    free(t->shorter);
+    free(t->atoms);
+    free(t->nfc);
     free(t);
 }
 
@@ -663,18 +637,6 @@ typedef struct {
     void *data;
     size_t n, room;
 } tok_array;
-
-/* Makes room for `more` elements. Capacity doubles; 0 if memory ran out. */
-static int tok_reserve(tok_array *a, size_t more, size_t size) {
-    if (a->room - a->n >= more) return 1;
-    size_t room = a->room ? 2 * a->room : 256;
-    while (room - a->n < more) room *= 2;
-    if (room > PTRDIFF_MAX / size) return 0;
-    void *data = realloc(a->data, room * size);
-    if (!data) return 0;
-    a->data = data, a->room = room;
-    return 1;
-}
 
 /* A symbol is a run of bytes that BPE holds together; the symbols of a word form a list. Length 0:
    it was joined to its left neighbour. */
@@ -688,8 +650,7 @@ typedef struct {
    leftmost. */
 typedef struct {
     uint64_t key;    /* rank or score << 32 | left symbol */
-    uint32_t length; /* of both together: if it still fits, neither has changed, as symbols only
-                        ever grow */
+    uint32_t length; /* of both: if it still fits, neither has changed, as symbols only grow */
     int32_t result;
 } tok_join;
 
@@ -700,50 +661,73 @@ typedef struct {
 
 typedef struct {
     const tokenizer *t;
-    int failed; /* out of memory: everything still to be done is skipped */
-    tok_array ids, symbols, heap;
-    int last_unknown;    /* the last id of this word was the unknown token */
-    tok_thread *threads; /* 2 x longest_code, then the machine's other memory */
-    int32_t *stack;
-    uint64_t *marks, moment;
-    const tokenizer_span *spans; /* where the text is trusted: */
-    int n_spans, trusted;        /* spans left; */
-    size_t until;                /* [..until) has the same trust */
+    int failed;                   /* out of memory: all that is still to be done is skipped */
+    tok_array ids, symbols, heap; /* of int, tok_symbol, tok_join */
+    tok_array points;             /* of uint32_t: code points, for NFC */
+    tok_array texts[TOK_STEPS];   /* of bytes: what a step makes of a piece */
+    int last_unknown;             /* the last symbol of this word was unknown */
+    tok_thread *threads;          /* [2][longest_code + 1] of the pattern machine, and */
+    int32_t *stack;               /* [longest_code + 1] alternatives still to be followed */
+    uint64_t *marks, moment;      /* [longest_code + 1] when a thread was last there; now */
 } tok_job;
 
-static void tok_emit(tok_job *j, int id) {
-    if (j->ids.n >= INT_MAX || !tok_reserve(&j->ids, 1, sizeof(int))) j->failed = 1;
-    else ((int *)j->ids.data)[j->ids.n++] = id;
+/* Appends `count` elements to be filled in; NULL, and j->failed, if memory ran out. */
+static void *tok_more(tok_job *j, tok_array *a, size_t count, size_t size)
+{
+    if (!a->data || a->room - a->n < count) {
+        size_t room = 2 * a->room + count + 256;
+        void *data = room <= PTRDIFF_MAX / size ? realloc(a->data, room * size) : NULL;
+        if (!data) {
+            j->failed = 1;
+            return NULL;
+        }
+        a->data = data;
+        a->room = room;
+    }
+    a->n += count;
+    return (char *)a->data + (a->n - count) * size;
+}
+
+static void tok_emit(tok_job *j, int id)
+{
+    int *out = j->ids.n < INT_MAX ? tok_more(j, &j->ids, 1, sizeof *out) : NULL;
+    if (out)
+        *out = id;
+    else
+        j->failed = 1;
 }
 
 /* ---- Merging --------------------------------------------------------------------------------- */
 
-static void tok_heap_push(tok_job *j, tok_join join) {
-    if (!tok_reserve(&j->heap, 1, sizeof join)) {
-        j->failed = 1;
+static void tok_heap_push(tok_job *j, tok_join join)
+{
+    if (!tok_more(j, &j->heap, 1, sizeof join))
         return;
-    }
     tok_join *heap = j->heap.data;
-    size_t i = j->heap.n++;
-    for (; i && heap[(i - 1) / 2].key > join.key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    size_t i = j->heap.n - 1;
+    for (; i && heap[(i - 1) / 2].key > join.key; i = (i - 1) / 2)
+        heap[i] = heap[(i - 1) / 2];
     heap[i] = join;
 }
 
-static tok_join tok_heap_pop(tok_job *j) {
+static tok_join tok_heap_pop(tok_job *j)
+{
     tok_join *heap = j->heap.data, top = heap[0], last = heap[--j->heap.n];
     size_t i = 0, n = j->heap.n;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && heap[child + 1].key < heap[child].key) child++;
-        if (heap[child].key >= last.key) break;
+        if (child + 1 < n && heap[child + 1].key < heap[child].key)
+            child++;
+        if (heap[child].key >= last.key)
+            break;
         heap[i] = heap[child];
     }
     heap[i] = last;
     return top;
 }
 
-/* Scores as numbers that sort: the highest score is the smallest number. -0 and 0 are the same
-   score. */
-static uint32_t tok_score_key(float score) {
+/* Scores as numbers that sort: the highest score is the smallest number. -0 is 0. */
+static uint32_t tok_score_key(float score)
+{
     uint32_t u;
     score += 0.0f;
     memcpy(&u, &score, 4);
@@ -751,97 +735,101 @@ static uint32_t tok_score_key(float score) {
 }
 
 /* If the symbols left and right may be joined, puts that on the heap. */
-static void tok_consider(tok_job *j, const uint8_t *word, int32_t left, int32_t right) {
+static void tok_consider(tok_job *j, const uint8_t *word, int32_t left, int32_t right)
+{
     const tokenizer *t = j->t;
-    if (left < 0 || right < 0) return;
-    const tok_symbol *a = (tok_symbol *)j->symbols.data + left,
-                     *b = (tok_symbol *)j->symbols.data + right;
-    tok_join join = {.length = a->length + b->length};
-    if (t->scores) {
-        join.result = tok_lookup(t, word + a->start, join.length);
-        if (join.result < 0) return;
-        join.key = tok_score_key(t->scores[join.result]);
-    } else {
-        int rank = tok_lookup_pair(t, a->id, b->id);
-        if (rank < 0) return;
-        join.result = t->merges[3 * (size_t)rank + 2];
-        join.key = (uint64_t)rank;
-    }
-    join.key = join.key << 32 | (uint32_t)left;
-    tok_heap_push(j, join);
+    if (left < 0 || right < 0)
+        return;
+    const tok_symbol *s = j->symbols.data, *a = s + left, *b = s + right;
+    uint32_t length = a->length + b->length;
+    int found = t->by_score ? tok_lookup(t, word + a->start, length)
+                          : tok_find_pair(&t->pairs, a->id, b->id);
+    if (found < 0)
+        return;
+    int result = t->by_score ? found : t->merges[3 * (size_t)found + 2];
+    uint64_t key = t->by_score ? tok_score_key(t->scores[found]) : (uint32_t)found;
+    tok_heap_push(j, (tok_join){ key << 32 | (uint32_t)left, length, result });
 }
 
 /* Can these bytes, which are no token, be written as byte tokens? */
-static int tok_has_bytes(const tokenizer *t, const uint8_t *s, size_t n) {
+static int tok_has_bytes(const tokenizer *t, const uint8_t *s, size_t n)
+{
     for (size_t i = 0; i < n; i++)
-        if (t->byte_tokens[s[i]] < 0) return 0;
+        if (t->byte_tokens[s[i]] < 0)
+            return 0;
     return 1;
 }
 
 /* Emits what became of a symbol. One that is no token becomes its bytes' tokens if all exist, else
    unknown. */
-static void tok_emit_symbol(tok_job *j, const uint8_t *word, const tok_symbol *s) {
+static void tok_emit_symbol(tok_job *j, const uint8_t *s, size_t n, int id)
+{
     const tokenizer *t = j->t;
-    int unknown = 0;
-    if (s->id >= 0) {
-        tok_emit(j, s->id);
-    } else if (tok_has_bytes(t, word + s->start, s->length)) {
-        for (uint32_t i = 0; i < s->length; i++) tok_emit(j, t->byte_tokens[word[s->start + i]]);
-    } else {
-        unknown = 1;
-        if (t->unknown >= 0 && !(j->last_unknown && t->fuse_unknown)) tok_emit(j, t->unknown);
-    }
+    int unknown = id < 0 && !tok_has_bytes(t, s, n);
+    if (id >= 0)
+        tok_emit(j, id);
+    else if (!unknown)
+        for (size_t i = 0; i < n; i++)
+            tok_emit(j, t->byte_tokens[s[i]]);
+    else if (t->unknown >= 0 && !(j->last_unknown && t->fuse_unknown))
+        tok_emit(j, t->unknown);
     j->last_unknown = unknown;
 }
 
 /* Joins the symbols until none can be joined any more, and emits them. */
-static void tok_merge(tok_job *j, const uint8_t *word) {
+static void tok_merge(tok_job *j, const uint8_t *word)
+{
     tok_symbol *s = j->symbols.data;
     int32_t n = (int32_t)j->symbols.n;
-    for (int32_t i = 0; i < n; i++) s[i].previous = i - 1, s[i].next = i + 1 < n ? i + 1 : -1;
-    for (int32_t i = 0; i + 1 < n; i++) tok_consider(j, word, i, i + 1);
+    for (int32_t i = 0; i < n; i++) {
+        s[i].previous = i - 1;
+        s[i].next = i + 1 < n ? i + 1 : -1;
+        tok_consider(j, word, i - 1, i);
+    }
     while (j->heap.n && !j->failed) {
         tok_join join = tok_heap_pop(j);
         int32_t left = (int32_t)(join.key & 0xffffffff), right = s[left].next;
         if (!s[left].length || right < 0 || s[left].length + s[right].length != join.length)
             continue;
-        s[left] =
-            (tok_symbol){s[left].start, join.length, join.result, s[left].previous, s[right].next};
-        if (s[left].next >= 0) s[s[left].next].previous = left;
+        s[left].length = join.length;
+        s[left].id = join.result;
+        s[left].next = s[right].next;
+        if (s[left].next >= 0)
+            s[s[left].next].previous = left;
         s[right].length = 0;
         tok_consider(j, word, s[left].previous, left);
         tok_consider(j, word, left, s[left].next);
     }
-    for (int32_t i = n ? 0 : -1; i >= 0; i = s[i].next) tok_emit_symbol(j, word, &s[i]);
+    for (int32_t i = 0; i < n; i++)
+        if (s[i].length)
+            tok_emit_symbol(j, word + s[i].start, s[i].length, s[i].id);
     j->symbols.n = j->heap.n = 0;
 }
 
 /* One word, the end of the pipeline: bytes or characters become symbols. Where two of them can
    never be joined, those before are merged at once (I4). */
-static void tok_word(tok_job *j, const uint8_t *word, size_t n) {
+static void tok_word(tok_job *j, const uint8_t *word, size_t n)
+{
     const tokenizer *t = j->t;
     int whole = t->ignore_merges ? tok_lookup(t, word, n) : -1;
+    size_t length = 1, end = 0; /* of the last symbol */
     j->last_unknown = 0;
     if (whole >= 0) {
         tok_emit(j, whole);
         return;
     }
-    for (size_t i = 0, length = 1; i < n && !j->failed; i += length) {
-        if (t->chars) tok_utf8_get(word + i, n - i, &length);
+    for (size_t i = 0; i < n && !j->failed; i += length) {
+        if (t->chars)
+            tok_utf8_get(word + i, n - i, &length);
         int id = t->chars ? tok_lookup(t, word + i, length) : t->byte_tokens[word[i]];
-        if (id < 0 && !t->scores && t->unknown < 0 && !tok_has_bytes(t, word + i, length))
+        if (id < 0 && !t->by_score && t->unknown < 0 && !tok_has_bytes(t, word + i, length))
             continue; /* dropped */
-        if (j->symbols.n) {
-            const tok_symbol *last = (tok_symbol *)j->symbols.data + j->symbols.n - 1;
-            uint8_t a = word[last->start + last->length - 1], b = word[i];
-            if (!(t->joins[a][b >> 3] >> (b & 7) & 1)) tok_merge(j, word);
-        }
-        if (!tok_reserve(&j->symbols, 1, sizeof(tok_symbol))) {
-            j->failed = 1;
-            return;
-        }
-        ((tok_symbol *)j->symbols.data)[j->symbols.n++] =
-            (tok_symbol){.start = (uint32_t)i, .length = (uint32_t)length, .id = id};
+        if (end && !(t->joins[word[end - 1]][word[i] >> 3] >> (word[i] & 7) & 1))
+            tok_merge(j, word);
+        end = i + length;
+        tok_symbol *s = tok_more(j, &j->symbols, 1, sizeof *s);
+        if (s)
+            *s = (tok_symbol){ .start = (uint32_t)i, .length = (uint32_t)length, .id = id };
     }
     tok_merge(j, word);
 }
@@ -854,46 +842,46 @@ there are never more threads than instructions, and when a thread reaches OP_MAT
 it are cut off. This finds exactly what a backtracking matcher finds that tries alternatives in
 order, without its worst case (Pike's machine). */
 
-/* The leftmost match in text[from..n) that is not empty; 0 if there is none. */
-static int tok_find(tok_job *j, const tok_step *split, const uint8_t *text, size_t n, size_t from,
-                    size_t *begin, size_t *end) {
+/* The leftmost match in text[from..n) that is not empty; if there is none, both ends stay. */
+static void tok_match(tok_job *j, const tok_step *split, const uint8_t *text, size_t n, size_t from,
+                      size_t *begin, size_t *end)
+{
     const tokenizer *t = j->t;
-    const int32_t *code = split->args + 2;
-    tok_thread *now = j->threads, *next = now + t->longest_code + 1;
-    int found = 0, n_now = 0;
-    for (size_t at = from, length = 0;; at += length) {
-        unsigned atom =
-            at < n ? t->atoms[tok_utf8_get(text + at, n - at, &length)] : 0; /* 0: the end */
-        int n_next = 0;
-        if (!found)
-            now[n_now++] =
-                (tok_thread){0, at}; /* a match may begin here; later ones have less priority */
+    tok_thread *lists[2] = { j->threads, j->threads + t->longest_code + 1 };
+    int found = 0, n_next = 0, moves = 0;
+    for (size_t at = from, length = 1; at <= n && !(found && !n_next); at += length, moves++) {
+        tok_thread *now = lists[moves & 1], *next = lists[~moves & 1];
+        unsigned atom = at < n ? t->atoms[tok_utf8_get(text + at, n - at, &length)] : 0; /* end */
+        int n_now = n_next, cut = 0;
+        if (!found) /* a match may begin here; later ones have less priority */
+            now[n_now++] = (tok_thread){ 0, at };
         j->moment++;
-        for (int i = 0; i < n_now; i++) {
+        n_next = 0;
+        for (int i = 0; i < n_now && !cut; i++) {
             int top = 0;
             j->stack[top++] = now[i].pc;
-            while (top) { /* follow this thread, its alternatives in order, to where it reads a
-                             character */
+            while (top && !cut) { /* follow it, alternatives in order, to where it reads */
                 int32_t pc = j->stack[--top];
                 while (j->marks[pc] != j->moment) {
-                    const int32_t *c = code + 3 * pc;
+                    const int32_t *c = split->args + 2 + 3 * pc;
                     j->marks[pc] = j->moment;
-                    if (c[0] == OP_FORK) j->stack[top++] = c[2], pc = c[1];
-                    else if (c[0] == OP_JUMP) pc = c[1];
-                    else if (c[0] == OP_AHEAD && tok_in_set(t, c[1], atom)) pc++;
-                    else if (c[0] == OP_SET && tok_in_set(t, c[1], atom))
-                        next[n_next++] = (tok_thread){pc + 1, now[i].start};
-                    else if (c[0] == OP_MATCH && at > now[i].start) {
-                        found = 1, *begin = now[i].start, *end = at;
-                        goto cut;
+                    if (c[0] == OP_FORK) {
+                        j->stack[top++] = c[2];
+                        pc = c[1];
+                    } else if (c[0] == OP_JUMP) {
+                        pc = c[1];
+                    } else if (c[0] == OP_AHEAD && tok_in_set(t, c[1], atom)) {
+                        pc++;
+                    } else if (c[0] == OP_SET && tok_in_set(t, c[1], atom)) {
+                        next[n_next++] = (tok_thread){ pc + 1, now[i].start };
+                    } else if (c[0] == OP_MATCH && at > now[i].start) {
+                        *begin = now[i].start;
+                        *end = at;
+                        found = cut = 1;
                     }
                 }
             }
         }
-    cut:
-        if (at >= n || (found && !n_next)) return found;
-        tok_thread *swap = now;
-        now = next, next = swap, n_now = n_next;
     }
 }
 
@@ -901,311 +889,248 @@ static int tok_find(tok_job *j, const tok_step *split, const uint8_t *text, size
 
 enum { HANGUL_S = 0xac00, HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11a7 };
 
-/* Appends the full decomposition of c to the code points in `out`. */
-static int tok_decompose(const tokenizer *t, uint32_t c, tok_array *out) {
-    if (!tok_reserve(out, 4, sizeof c)) return 0;
-    uint32_t *o = (uint32_t *)out->data + out->n;
-    if (c >= HANGUL_S && c < HANGUL_S + 11172) { /* 19 x 21 x 28 syllables: arithmetic */
-        uint32_t s = c - HANGUL_S;
-        o[0] = HANGUL_L + s / 588, o[1] = HANGUL_V + s % 588 / 28, o[2] = HANGUL_T + s % 28;
-        out->n += s % 28 ? 3 : 2;
-        return 1;
+/* Appends the full decomposition of c, 1 to 4 code points, to j->points. */
+static void tok_decompose(tok_job *j, uint32_t c)
+{
+    uint32_t row = j->t->nfc[c] >> NFC_ROW_SHIFT, s = c - HANGUL_S;
+    uint32_t *out = tok_more(j, &j->points, 4, sizeof *out);
+    size_t n = 1;
+    if (!out)
+        return;
+    if (s < 11172) { /* 19 x 21 x 28 syllables: arithmetic */
+        out[0] = HANGUL_L + s / 588;
+        out[1] = HANGUL_V + s % 588 / 28;
+        out[2] = HANGUL_T + s % 28;
+        n = s % 28 ? 3 : 2;
+    } else if (row) {
+        const int32_t *d = j->t->decompose + 5 * (size_t)(row - 1);
+        for (n = 0; n < 4 && d[n + 1]; n++)
+            out[n] = (uint32_t)d[n + 1];
+    } else {
+        out[0] = c;
     }
-    int low = 0, high = t->nfc[c] & NFC_DECOMPOSES ? t->n_decompose : 0;
-    while (low < high) {
-        int middle = low + (high - low) / 2;
-        const int32_t *d = t->decompose + 5 * (size_t)middle;
-        if ((uint32_t)d[0] < c) low = middle + 1;
-        else high = middle;
-    }
-    if (!(t->nfc[c] & NFC_DECOMPOSES)) return o[0] = c, out->n++, 1;
-    const int32_t *d = t->decompose + 5 * (size_t)low;
-    for (int k = 1; k < 5 && d[k]; k++) ((uint32_t *)out->data)[out->n++] = (uint32_t)d[k];
-    return 1;
+    j->points.n -= 4 - n;
 }
 
-/* What a and b compose to; 0 if nothing. */
-static uint32_t tok_compose(const tokenizer *t, uint32_t a, uint32_t b) {
+/* What a and b compose to; -1 if nothing. */
+static int tok_compose(const tokenizer *t, uint32_t a, uint32_t b)
+{
     if (a - HANGUL_L < 19 && b - HANGUL_V < 21)
-        return HANGUL_S + ((a - HANGUL_L) * 21 + b - HANGUL_V) * 28;
+        return (int)(HANGUL_S + ((a - HANGUL_L) * 21 + b - HANGUL_V) * 28);
     if (a - HANGUL_S < 11172 && (a - HANGUL_S) % 28 == 0 && b - HANGUL_T - 1 < 27)
-        return a + b - HANGUL_T;
-    int low = 0, high = t->n_compose;
-    while (low < high) {
-        int middle = low + (high - low) / 2;
-        const int32_t *c = t->compose + 3 * (size_t)middle;
-        if ((uint32_t)c[0] < a || ((uint32_t)c[0] == a && (uint32_t)c[1] < b)) low = middle + 1;
-        else high = middle;
+        return (int)(a + b - HANGUL_T);
+    int row = t->nfc[b] & NFC_JOINS ? tok_find_pair(&t->composed, (int)a, (int)b) : -1;
+    return row < 0 ? -1 : t->compose[3 * (size_t)row + 2];
+}
+
+/* The NFC form of a text; 0 if it is in NFC already. Decompose all, sort the marks between two
+   characters of class 0 by class, compose. */
+static int tok_nfc(tok_job *j, const uint8_t *text, size_t n, tok_array *out)
+{
+    const tokenizer *t = j->t;
+    size_t length, m = 0, starter = SIZE_MAX;
+    int last = -1; /* class of what stands between the starter and here; -1: nothing */
+    int same = 1;  /* nothing from U+0300 on decomposes or joins; what is below is composed */
+    for (size_t i = 0; i < n && same; i += length)
+        same = !t->nfc[tok_utf8_get(text + i, n - i, &length)] || text[i] < 0xcc;
+    if (same)
+        return 0;
+    j->points.n = 0;
+    for (size_t i = 0; i < n && !j->failed; i += length)
+        tok_decompose(j, tok_utf8_get(text + i, n - i, &length));
+    uint32_t *c = j->points.data;
+    for (size_t i = 0; i <= j->points.n && !j->failed; i++) {
+        uint32_t class = i < j->points.n ? t->nfc[c[i]] & NFC_CLASS : 0;
+        if (class)
+            tok_heap_push(j, (tok_join){ (uint64_t)class << 32 | (uint32_t)i, 0, (int32_t)c[i] });
+        for (size_t k = i - j->heap.n; !class && k < i; k++)
+            c[k] = (uint32_t)tok_heap_pop(j).result;
     }
-    const int32_t *c = t->compose + 3 * (size_t)low;
-    return low < t->n_compose && (uint32_t)c[0] == a && (uint32_t)c[1] == b ? (uint32_t)c[2] : 0;
-}
-
-/* Sorts c[0..n), marks of classes 1..255, by class; marks of one class keep their order. */
-static int tok_sort_marks(const tokenizer *t, uint32_t *c, size_t n) {
-    if (n < 2) return 1;
-    size_t begins[257] = {0}, sorted = 1;
-    for (size_t i = 0; i < n; i++) begins[(t->nfc[c[i]] & NFC_CLASS) + 1]++;
-    for (size_t i = 1; i < n; i++)
-        sorted &= (t->nfc[c[i - 1]] & NFC_CLASS) <= (t->nfc[c[i]] & NFC_CLASS);
-    if (sorted) return 1;
-    uint32_t *copy = malloc(n * sizeof *copy);
-    if (!copy) return 0;
-    memcpy(copy, c, n * sizeof *copy);
-    for (int k = 1; k <= 256; k++) begins[k] += begins[k - 1];
-    for (size_t i = 0; i < n; i++) c[begins[t->nfc[copy[i]] & NFC_CLASS]++] = copy[i];
-    free(copy);
-    return 1;
-}
-
-/* The NFC form of a decomposed run of code points, in place; returns its length. */
-static size_t tok_compose_run(const tokenizer *t, uint32_t *c, size_t n) {
-    size_t starter = SIZE_MAX, m = 0;
-    int last = -1; /* combining class of what stands between the starter and here; -1: nothing */
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < j->points.n; i++) {
         int class = t->nfc[c[i]] & NFC_CLASS;
-        uint32_t both = starter != SIZE_MAX && last < class ? tok_compose(t, c[starter], c[i]) : 0;
-        if (both) {
-            c[starter] = both;
+        int both = starter != SIZE_MAX && last < class ? tok_compose(t, c[starter], c[i]) : -1;
+        if (both >= 0) {
+            c[starter] = (uint32_t)both;
             continue;
         }
-        if (class == 0) starter = m;
+        if (!class)
+            starter = m;
         last = class ? class : -1;
         c[m++] = c[i];
     }
-    return m;
-}
-
-/* The NFC form of a text; the caller frees it. Only runs that can change are taken apart: a run
-   begins with a character that never joins what is before it. NULL: the text is in NFC already, or
-   (failed) memory ran out. */
-static uint8_t *tok_nfc(tok_job *j, const uint8_t *text, size_t n, size_t *n_out) {
-    const tokenizer *t = j->t;
-    size_t length, i = 0;
-    while (i < n && !(t->nfc[tok_utf8_get(text + i, n - i, &length)] && text[i] >= 0xcc))
-        i += length;
-    if (i == n) return NULL; /* no character from U+0300 on that decomposes or joins */
-    tok_array out = {0}, run = {0};
-    for (i = 0; i < n && !j->failed;) {
-        size_t begin = i, marks = 0;
-        int changes = 0;
-        run.n = 0;
-        do { /* one run: code points, decomposed */
-            uint32_t c = tok_utf8_get(text + i, n - i, &length);
-            int invalid = length == 1 && text[i] >= 0x80;
-            if (invalid && i > begin)
-                break; /* an invalid byte is a run of its own, copied as it is */
-            if (i > begin && !(t->nfc[c] & NFC_JOINS)) break;
-            if (t->nfc[c]) changes = 1;
-            if (!tok_decompose(t, c, &run)) j->failed = 1;
-            i += length;
-            if (invalid) break;
-        } while (i < n && !j->failed);
-        if (!tok_reserve(&out, (changes ? 4 * run.n : 0) + (i - begin), 1)) j->failed = 1;
-        if (j->failed) break;
-        uint8_t *o = (uint8_t *)out.data + out.n;
-        if (!changes) {
-            memcpy(o, text + begin, i - begin);
-            out.n += i - begin;
-            continue;
-        }
-        uint32_t *c = run.data;
-        for (size_t k = 0; k <= run.n; k++) {
-            if (k < run.n && t->nfc[c[k]] & NFC_CLASS) marks++;
-            else if (!tok_sort_marks(t, c + k - marks, marks)) j->failed = 1;
-            else marks = 0;
-        }
-        size_t m = tok_compose_run(t, c, run.n);
-        for (size_t k = 0; k < m; k++) out.n += tok_utf8_put(c[k], (uint8_t *)out.data + out.n);
-    }
-    free(run.data);
-    *n_out = out.n;
-    return out.data;
+    uint8_t *bytes = tok_more(j, out, 4 * m, 1);
+    out->n = 0;
+    for (size_t i = 0; i < m && bytes; i++)
+        out->n += tok_utf8_put(c[i], bytes + out->n);
+    return 1;
 }
 
 /* ---- The steps ------------------------------------------------------------------------------- */
 
-static void tok_scan(tok_job *j, int step, const uint8_t *text, size_t n, int place,
-                     int normalized);
+static void tok_scan(tok_job *j, int step, const uint8_t *text, const uint8_t *trust, size_t n,
+                     int place);
 static void tok_step_on(tok_job *j, int step, const uint8_t *text, size_t n, int place);
 
-/* A text with the bytes of `from` replaced by those of `to`; the caller frees it. NULL: nothing to
-   replace, or (failed) memory ran out. */
-static uint8_t *tok_replace(tok_job *j, const tok_step *step, const uint8_t *text, size_t n,
-                            size_t *n_out) {
-    const int32_t *from = step->args + 1, *to = from + step->args[0];
-    size_t n_from = (size_t)step->args[0], n_to = (size_t)step->n - 1 - n_from, copied = 0;
-    tok_array out = {0};
-    for (size_t i = 0; i + n_from <= n; i++) {
-        const uint8_t *hit = memchr(text + i, from[0], n - n_from + 1 - i);
-        if (!hit) break;
-        i = (size_t)(hit - text);
-        size_t k = 1;
-        while (k < n_from && text[i + k] == from[k]) k++;
-        if (k < n_from) continue;
-        if (!tok_reserve(&out, i - copied + n_to + 1, 1)) goto failed;
-        memcpy((uint8_t *)out.data + out.n, text + copied, i - copied);
-        out.n += i - copied;
-        for (k = 0; k < n_to; k++) ((uint8_t *)out.data)[out.n++] = (uint8_t)to[k];
+/* Appends bytes to a text. */
+static void tok_append(tok_job *j, tok_array *out, const uint8_t *bytes, size_t n)
+{
+    void *to = tok_more(j, out, n, 1);
+    if (to)
+        memcpy(to, bytes, n);
+}
+
+/* A text with one string replaced by another; 0 if it does not occur. */
+static int tok_replace(tok_job *j, const tok_step *step, const uint8_t *text, size_t n,
+                       tok_array *out)
+{
+    const int32_t *from = step->args + 1;
+    size_t n_from = (size_t)step->args[0], copied = 0;
+    for (size_t i = 0, k; i + n_from <= n; i++) {
+        for (k = 0; k < n_from && text[i + k] == from[k];)
+            k++;
+        if (k < n_from)
+            continue;
+        tok_append(j, out, text + copied, i - copied);
+        for (k += 1; k < (size_t)step->n; k++)
+            tok_append(j, out, &(uint8_t){ (uint8_t)step->args[k] }, 1);
         copied = i + n_from;
         i = copied - 1;
     }
-    if (!out.data) return NULL;
-    if (!tok_reserve(&out, n - copied, 1)) goto failed;
-    memcpy((uint8_t *)out.data + out.n, text + copied, n - copied);
-    *n_out = out.n + n - copied;
-    return out.data;
-failed:
-    j->failed = 1;
-    free(out.data);
-    return NULL;
+    if (copied)
+        tok_append(j, out, text + copied, n - copied);
+    return copied > 0;
 }
 
-/* The text with bytes put before it; the caller frees it. NULL: not wanted here, or (failed) no
-   memory. */
-static uint8_t *tok_prepend(tok_job *j, const tok_step *step, const uint8_t *text, size_t n,
-                            int place, size_t *n_out) {
+/* A text with bytes put before it; 0 if that is not wanted here. */
+static int tok_prepend(tok_job *j, const tok_step *step, const uint8_t *text, size_t n, int place,
+                       tok_array *out)
+{
     const int32_t *bytes = step->args + 1;
     size_t n_bytes = (size_t)step->n - 1, there = 0;
-    while (there < n_bytes && there < n && text[there] == bytes[there]) there++;
-    if (!(step->args[0] & place) || (step->args[0] & UNLESS_THERE && there == n_bytes)) return NULL;
-    uint8_t *out = malloc(n + n_bytes);
-    if (!out) return j->failed = 1, NULL;
-    for (size_t i = 0; i < n_bytes; i++) out[i] = (uint8_t)bytes[i];
-    memcpy(out + n_bytes, text, n);
-    *n_out = n + n_bytes;
-    return out;
+    while (there < n_bytes && there < n && text[there] == bytes[there])
+        there++;
+    if (!(step->args[0] & place) || (step->args[0] & UNLESS_THERE && there == n_bytes))
+        return 0;
+    for (size_t i = 0; i < n_bytes; i++)
+        tok_append(j, out, &(uint8_t){ (uint8_t)bytes[i] }, 1);
+    tok_append(j, out, text, n);
+    return 1;
 }
 
 /* Cuts a text by a pattern. Matches and what is between them alternate; the behaviour says which of
    two neighbours stay together, or that matches are dropped. */
-static void tok_split(tok_job *j, int step, const uint8_t *text, size_t n, int place) {
+static void tok_split(tok_job *j, int step, const uint8_t *text, size_t n, int place)
+{
     const tok_step *split = &j->t->steps[step];
-    int behaviour = split->args[0], invert = split->args[1],
-        last = -1;            /* was the last part a match? */
+    int behaviour = split->args[0], invert = split->args[1] != 0;
+    int last = -1;            /* was the last part a match? */
     size_t piece = 0, at = 0; /* text[piece..at) is not passed on yet */
     while (at < n && !j->failed) {
-        size_t ends[2] = {n, n}; /* of the part before the match, and of the match */
-        tok_find(j, split, text, n, at, &ends[0], &ends[1]);
+        size_t ends[2] = { n, n }; /* of the part before the match, and of the match */
+        tok_match(j, split, text, n, at, &ends[0], &ends[1]);
         for (int part = 0; part < 2; part++) {
             int match = part ^ invert;
-            if (ends[part] == at) continue;
-            int together = behaviour == SPLIT_PREVIOUS ? match && last == 0
-                           : behaviour == SPLIT_NEXT
-                               ? !match && last == 1
-                               : behaviour == SPLIT_CONTIGUOUS && match == last;
-            if (!together) {
-                if (at > piece && !(behaviour == SPLIT_REMOVED && last == 1))
-                    tok_step_on(j, step + 1, text + piece, at - piece, piece ? AFTER_SPLIT : place);
+            if (ends[part] == at)
+                continue;
+            if (!(behaviour == SPLIT_PREVIOUS && match && last == 0) &&
+                !(behaviour == SPLIT_NEXT && !match && last == 1) &&
+                !(behaviour == SPLIT_CONTIGUOUS && match == last)) {
+                tok_step_on(j, step + 1, text + piece, at - piece, piece ? AFTER_SPLIT : place);
                 piece = at;
             }
-            last = match, at = ends[part];
+            last = match;
+            at = ends[part];
+            if (behaviour == SPLIT_REMOVED && match)
+                piece = at;
         }
     }
-    if (at > piece && !(behaviour == SPLIT_REMOVED && last == 1))
-        tok_step_on(j, step + 1, text + piece, at - piece, piece ? AFTER_SPLIT : place);
+    tok_step_on(j, step + 1, text + piece, at - piece, piece ? AFTER_SPLIT : place);
 }
 
 /* Carries out the steps from number `step` on for one piece of text that stands at `place`. */
-static void tok_step_on(tok_job *j, int step, const uint8_t *text, size_t n, int place) {
-    const tokenizer *t = j->t;
-    uint8_t *changed = NULL;
-    if (n > INT_MAX) j->failed = 1;
-    if (j->failed || !n) return;
-    if (step == t->n_steps) {
-        tok_word(j, text, n);
+static void tok_step_on(tok_job *j, int step, const uint8_t *text, size_t n, int place)
+{
+    const tok_step *s = &j->t->steps[step];
+    if (n > INT_MAX)
+        j->failed = 1;
+    if (j->failed || !n)
         return;
-    }
-    const tok_step *s = &t->steps[step];
-    if (s->op == STEP_SPLIT) {
+    if (step == j->t->n_steps) {
+        tok_word(j, text, n);
+    } else if (s->op == STEP_SPLIT) {
         tok_split(j, step, text, n, place);
     } else if (s->op == STEP_ADDED) {
-        tok_scan(j, step + 1, text, n, place, TYPE_NORMALIZED);
+        tok_scan(j, step + 1, text, NULL, n, place);
     } else {
-        if (s->op == STEP_PREPEND) changed = tok_prepend(j, s, text, n, place, &n);
-        if (s->op == STEP_REPLACE) changed = tok_replace(j, s, text, n, &n);
-        if (s->op == STEP_NFC) changed = tok_nfc(j, text, n, &n);
-        tok_step_on(j, step + 1, changed ? changed : text, n, place);
-        free(changed);
+        tok_array *out = &j->texts[step];
+        out->n = 0;
+        int changed = s->op == STEP_PREPEND   ? tok_prepend(j, s, text, n, place, out)
+                      : s->op == STEP_REPLACE ? tok_replace(j, s, text, n, out)
+                                              : s->op == STEP_NFC && tok_nfc(j, text, n, out);
+        tok_step_on(j, step + 1, changed ? out->data : text, changed ? out->n : n, place);
     }
 }
 
 /* ---- Added tokens ---------------------------------------------------------------------------- */
 
-/* The longest added token that the text begins with; -1 if there is none. The sorted list serves as
-   a trie: byte by byte the range of those that agree narrows, and one that is complete is the first
-   of its range. */
-static int tok_find_added(const tokenizer *t, const uint8_t *text, size_t n, size_t trusted,
-                          int normalized, size_t *length) {
-    int from = 0, to = t->n_added, best = -1;
-    for (size_t depth = 0; depth < n && from < to; depth++) {
-        for (int side = 0; side < 2;
-             side++) { /* first the lower, then the upper end of the range */
-            int low = from, high = to;
-            while (low < high) {
-                int middle = low + (high - low) / 2;
-                size_t size;
-                const uint8_t *s = tok_bytes(t, t->added[middle], &size);
-                if (size <= depth || s[depth] < text[depth] + side) low = middle + 1;
-                else high = middle;
-            }
-            *(side ? &to : &from) = low;
-        }
-        size_t size = 0;
-        int id = from < to ? t->added[from] : -1;
-        if (id >= 0) tok_bytes(t, id, &size);
-        if (size == depth + 1 && (t->types[id] & TYPE_NORMALIZED) == normalized
-            && (tok_kind(t, id) == TOKEN_USER || size <= trusted))
-            best = id, *length = size; /* I3 */
+/* The longest added token that the text begins with; -1 if there is none. All those that it begins
+   with are the last that is not greater than it, or what that one begins with, and so on. */
+static int tok_find_added(const tokenizer *t, const uint8_t *text, const uint8_t *trust, size_t n,
+                          size_t *length)
+{
+    int low = 0, high = t->n_added, normalized = trust ? 0 : TYPE_NORMALIZED;
+    while (low < high) { /* those before `low` are not greater */
+        int middle = low + (high - low) / 2;
+        const uint8_t *s = tok_bytes(t, t->added[middle], length);
+        if (tok_order(s, *length, text, n) <= 0)
+            low = middle + 1;
+        else
+            high = middle;
     }
-    return best;
+    for (int i = low - 1; i >= 0; i = t->shorter[i]) {
+        int id = t->added[i];
+        const uint8_t *s = tok_bytes(t, id, length);
+        if (*length <= n && !memcmp(s, text, *length) &&
+            (t->types[id] & TYPE_NORMALIZED) == normalized &&
+            (tok_kind(t, id) == TOKEN_USER || !memchr(trust, 0, *length))) /* I3 */
+            return id;
+    }
+    return -1;
 }
 
-/* How many bytes from `at` on are trusted without a gap. Called with rising positions only. */
-static size_t tok_trusted(tok_job *j, size_t at) {
-    while (j->until <= at && j->n_spans) {
-        j->trusted = j->spans->trusted;
-        for (; j->n_spans && (!j->spans->length || !j->spans->trusted == !j->trusted);
-             j->n_spans--, j->spans++)
-            j->until += j->spans->length;
-    }
-    return j->trusted && j->until > at ? j->until - at : 0;
-}
-
-static int tok_touches_word(const tokenizer *t, const uint8_t *text, size_t n, size_t begin,
-                            size_t end) {
-    size_t length;
-    if (t->word_set < 0) return 0;
-    return (begin && tok_in_set(t, t->word_set, t->atoms[tok_utf8_before(text, begin, &length)]))
-           || (end < n
-               && tok_in_set(t, t->word_set, t->atoms[tok_utf8_get(text + end, n - end, &length)]));
+/* May this character not touch a TYPE_WORD token? */
+static int tok_is_word(const tokenizer *t, uint32_t c)
+{
+    return t->word_set >= 0 && tok_in_set(t, t->word_set, t->atoms[c]);
 }
 
 /* Emits the added tokens of a text, and hands what is between them to the steps from number `step`
-   on. */
-static void tok_scan(tok_job *j, int step, const uint8_t *text, size_t n, int place,
-                     int normalized) {
+   on. trust: for each byte whether it is trusted; NULL: look for the normalised ones. */
+static void tok_scan(tok_job *j, int step, const uint8_t *text, const uint8_t *trust, size_t n,
+                     int place)
+{
     const tokenizer *t = j->t;
-    size_t done = 0, length;
-    for (size_t at = 0; at < n && !j->failed;) {
-        if (!t->begins[text[at]]) {
-            at++;
-            continue;
-        }
-        int id = tok_find_added(t, text + at, n - at, normalized ? 0 : tok_trusted(j, at),
-                                normalized, &length);
+    size_t done = 0, at = 0, length;
+    while (at < n && !j->failed) {
+        int id = -1;
+        if (t->begins[text[at]])
+            id = tok_find_added(t, text + at, trust ? trust + at : NULL, n - at, &length);
         if (id < 0) {
             at++;
             continue;
         }
         size_t begin = at, end = at + length;
+        int type = t->types[id];
         at = end;
-        if (t->types[id] & TYPE_WORD && tok_touches_word(t, text, n, begin, end)) continue;
-        while (t->types[id] & TYPE_LSTRIP && begin > done
-               && tok_is_space(tok_utf8_before(text, begin, &length)))
+        if (type & TYPE_WORD &&
+            ((begin && tok_is_word(t, tok_utf8_before(text, begin, &length))) ||
+             (end < n && tok_is_word(t, tok_utf8_get(text + end, n - end, &length)))))
+            continue;
+        while (type & TYPE_LSTRIP && begin > done &&
+               tok_is_space(tok_utf8_before(text, begin, &length)))
             begin -= length;
-        while (t->types[id] & TYPE_RSTRIP && end < n
-               && tok_is_space(tok_utf8_get(text + end, n - end, &length)))
+        while (type & TYPE_RSTRIP && end < n &&
+               tok_is_space(tok_utf8_get(text + end, n - end, &length)))
             end += length;
         tok_step_on(j, step, text + done, begin - done, place);
         tok_emit(j, id);
@@ -1218,67 +1143,82 @@ static void tok_scan(tok_job *j, int step, const uint8_t *text, size_t n, int pl
 /* ---- Encoding -------------------------------------------------------------------------------- */
 
 int tokenizer_encode(const tokenizer *t, const tokenizer_span *spans, int n_spans, int **ids,
-                     int *n_ids) {
-    tok_job j = {.t = t, .spans = spans, .n_spans = n_spans};
+                     int *n_ids)
+{
+    tok_job j = { .t = t };
     size_t n = 0, code = (size_t)t->longest_code + 1;
-    uint8_t *text = NULL;
-    *ids = NULL, *n_ids = 0;
-    for (int i = 0; i < n_spans; i++) {
-        if (spans[i].length > INT_MAX - n) return -1;
-        n += spans[i].length;
-    }
-    text = malloc(n + 1);
+    for (int i = 0; i < n_spans; n += spans[i++].length)
+        if (spans[i].length > INT_MAX - n)
+            return -1;
+    uint8_t *text = malloc(n + 1), *trust = malloc(n + 1);
     j.threads = malloc(2 * code * sizeof *j.threads);
-    j.marks = calloc(code, sizeof *j.marks);
     j.stack = malloc(code * sizeof *j.stack);
-    j.failed = !text || !j.threads || !j.marks || !j.stack || !tok_reserve(&j.ids, 1, sizeof(int));
-    if (!j.failed) {
+    j.marks = calloc(code, sizeof *j.marks);
+    if (text && trust && j.threads && j.stack && j.marks && tok_more(&j, &j.ids, 0, sizeof **ids)) {
         n = 0;
         for (int i = 0; i < n_spans; n += spans[i++].length)
-            if (spans[i].length) memcpy(text + n, spans[i].text, spans[i].length);
-        tok_scan(&j, 0, text, n, AT_START, 0);
+            if (spans[i].length) {
+                memcpy(text + n, spans[i].text, spans[i].length);
+                memset(trust + n, spans[i].trusted != 0, spans[i].length);
+            }
+        tok_scan(&j, 0, text, trust, n, AT_START);
+    } else {
+        j.failed = 1;
     }
-    free(text), free(j.threads), free(j.marks), free(j.stack), free(j.symbols.data),
-        free(j.heap.data);
-    if (j.failed) {
-        free(j.ids.data);
-        return -1;
-    }
-    *ids = j.ids.data, *n_ids = (int)j.ids.n;
-    return 0;
+    void *made[] = { text, trust, j.threads, j.stack, j.marks, j.symbols.data, j.heap.data,
+                     j.points.data, j.failed ? j.ids.data : NULL };
+    for (size_t i = 0; i < sizeof made / sizeof *made; i++)
+        free(made[i]);
+    for (int i = 0; i < t->n_steps; i++)
+        free(j.texts[i].data);
+    *ids = j.failed ? NULL : j.ids.data;
+    *n_ids = j.failed ? 0 : (int)j.ids.n;
+    return j.failed ? -1 : 0;
 }
 
 /* ---- Decoding -------------------------------------------------------------------------------- */
 
-const char *tokenizer_piece(const tokenizer *t, int id, size_t *length, int *kind) {
-    *length = 0, *kind = 0;
-    if (id < 0 || id >= t->vocab) return NULL;
+const char *tokenizer_piece(const tokenizer *t, int id, size_t *length, int *kind)
+{
+    *length = 0;
+    *kind = 0;
+    if (id < 0 || id >= t->vocab)
+        return NULL;
     *kind = tok_kind(t, id);
     return (const char *)tok_bytes(t, id, length);
 }
 
-size_t tokenizer_stream_room(const tokenizer *t) {
+size_t tokenizer_stream_room(const tokenizer *t)
+{
     return t->longest + sizeof((tokenizer_stream *)0)->bytes;
 }
 
-size_t tokenizer_stream_put(const tokenizer *t, tokenizer_stream *s, int id, char *out) {
+size_t tokenizer_stream_put(const tokenizer *t, tokenizer_stream *s, int id, char *out)
+{
     size_t length, n = (size_t)s->n;
     int kind;
     const char *piece = tokenizer_piece(t, id, &length, &kind);
-    if (!length || (!s->controls && (kind == TOKEN_CONTROL || kind == TOKEN_UNKNOWN))) return 0;
-    if (t->strip_space && !s->started && piece[0] == ' ') piece++, length--;
+    if (!length || (!s->controls && (kind == TOKEN_CONTROL || kind == TOKEN_UNKNOWN)))
+        return 0;
+    if (t->strip_space && !s->started && piece[0] == ' ') {
+        piece++;
+        length--;
+    }
     s->started = 1;
     memcpy(out, s->bytes, n);
     memcpy(out + n, piece, length);
-    n += length, s->n = 0;
+    n += length;
+    s->n = 0;
     for (size_t k = n < 3 ? n : 3; k > 0 && !s->n; k--)
-        if (tok_utf8_length((uint8_t *)out + n - k, k) < 0) s->n = (int)k;
+        if (tok_utf8_length((uint8_t *)out + n - k, k) < 0)
+            s->n = (int)k;
     n -= (size_t)s->n;
     memcpy(s->bytes, out + n, (size_t)s->n);
     return n;
 }
 
-size_t tokenizer_stream_end(tokenizer_stream *s, char *out) {
+size_t tokenizer_stream_end(tokenizer_stream *s, char *out)
+{
     size_t n = (size_t)s->n;
     memcpy(out, s->bytes, n);
     s->n = 0;
