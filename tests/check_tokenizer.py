@@ -1,8 +1,9 @@
 """The tokenizers that cannot be shipped, and the packages: python3 tests/check_tokenizer.py DATAFOLDER
 
-DATAFOLDER has tokenizers/ (llama2.model, llama3.json, qwen3.json, gpt-2.gguf, deepseek-llm.gguf, llama-spm.gguf,
-vectors/) and smollm2/tokens.tsv; what is missing is left out. llama.cpp's vectors need nothing else; where the
-packages tokenizers, sentencepiece and tiktoken can be imported, texts of all sorts are compared with them too.
+DATAFOLDER has tokenizers/ (llama2.model, llama3.json, qwen3.json, gpt-2.gguf, deepseek-llm.gguf,
+llama-spm.gguf, vectors/) and smollm2/tokens.tsv; what is missing is left out. llama.cpp's vectors need
+nothing else; where the packages tokenizers, sentencepiece and tiktoken can be imported, texts of all sorts
+are compared with them too.
 """
 import json
 import os
@@ -55,8 +56,8 @@ def opened(name, exported):
 
 
 def report(what, bad, total, example=None):
-    print("%-60s %s of %d%s" % (what, "all" if not bad else "%d WRONG" % bad, total, "" if not bad else ": %r" % (example,)),
-          flush=True)
+    found = "%d WRONG" % bad if bad else "all"
+    print("%-60s %s of %d%s" % (what, found, total, ": %r" % (example,) if bad else ""), flush=True)
     if bad:
         FAILED.append(what)
 
@@ -105,7 +106,8 @@ def against_sentencepiece(path, driver, texts):
     except ImportError:
         return
     reference = sentencepiece.SentencePieceProcessor(model_file=path)
-    compare("the package sentencepiece: llama2.model", texts, driver.batch(b"b", texts), reference.encode(texts))
+    compare("the package sentencepiece: llama2.model", texts, driver.batch(b"b", texts),
+            reference.encode(texts))
     compare("    decoded", texts, [t.decode("utf-8", "replace") for t in driver.batch(b"r", texts)],
             reference.decode(reference.encode(texts)))
 
@@ -121,7 +123,8 @@ def against_tiktoken(driver, exported, texts):
     ranks = {data[offsets[i]:offsets[i + 1]]: i for i in range(50256)}
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     reference = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    compare("the package tiktoken: gpt-2", texts, driver.batch(b"b", texts), reference.encode_ordinary_batch(texts))
+    compare("the package tiktoken: gpt-2", texts, driver.batch(b"b", texts),
+            reference.encode_ordinary_batch(texts))
 
 
 def main(data):
@@ -136,7 +139,8 @@ def main(data):
     for name, rows, names in (("llama3", 128256, ["llama-bpe"]), ("qwen3", 151936, ["qwen2"])):
         path = os.path.join(folder, name + ".json")
         if os.path.exists(path):
-            driver = opened(name, X.tokenizer_from_json(load(name + ".json"), rows, load(name + "_config.json")))
+            driver = opened(name, X.tokenizer_from_json(load(name + ".json"), rows,
+                                                        load(name + "_config.json")))
             for vector in names:
                 check_vectors(vectors, vector, driver)
             against_tokenizers(name, path, driver, texts)

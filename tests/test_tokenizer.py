@@ -1,7 +1,7 @@
 """tokenizer.c and the tokenizer section of export.py, against the reference on three vocabularies.
 
-The fixtures are made by fixtures/make_tokenizers.py. tests/check_tokenizer.py does the same with vocabularies that
-cannot be shipped.
+The fixtures are made by fixtures/make_tokenizers.py. tests/check_tokenizer.py does the same with
+vocabularies that cannot be shipped.
 """
 import hashlib
 import json
@@ -22,7 +22,7 @@ ROWS = {"gpt2": 50257, "qwen3": 151936, "smollm2": 49152}  # of the models' embe
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-# ---- The texts of digests.json -------------------------------------------------------------------------------------
+# ---- The texts of digests.json -----------------------------------------------------------------------------
 
 def code_points():
     return (c for c in range(0x110000) if not 0xd800 <= c < 0xe000)
@@ -34,20 +34,22 @@ def single_points():
 
 
 def points_in_words():
-    """Every code point in company: after and before letters, digits, spaces, punctuation. Beyond the last assigned
-    blocks every 64th."""
+    """Every code point in company: after and before letters, digits, spaces, punctuation. Beyond the last
+    assigned blocks every 64th."""
     return ["a%sb 1%s %s!%s'%s\n%s" % ((chr(c),) * 6) for c in code_points()
             if c < 0x32400 or 0xe0000 <= c < 0xe0200 or c % 64 == 63]
 
 
-COMMON = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "'\u017f", "a", "B", "the", "\u00e9", "e\u0301", "\u4e2d", "\u3042",
-          "\uac00", "\u1112\u1161\u11ab", "\u0661", "\u00bd", "!", "...", "\u200b", "\u00a0", "\u3000", "\U0001f600", "\0",
-          "<|im_start|>", "<|endoftext|>", "<|end", "\u0301", "\u0327", "\u0344", "\u212a", "\u01c5", "\u1e9b\u0323",
-          "\x1c", "\x85", "\u2167", "_", "0", "123", "\ufffd"]
+COMMON = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "'\u017f", "a", "B", "the", "\u00e9", "e\u0301",
+          "\u4e2d", "\u3042", "\uac00", "\u1112\u1161\u11ab", "\u0661", "\u00bd", "!", "...", "\u200b",
+          "\u00a0", "\u3000", "\U0001f600", "\0", "<|im_start|>", "<|endoftext|>", "<|end", "\u0301",
+          "\u0327", "\u0344", "\u212a", "\u01c5", "\u1e9b\u0323", "\x1c", "\x85", "\u2167", "_", "0", "123",
+          "\ufffd"]
 
 
 def random_bytes():
-    """10,000 strings, half of them any bytes, half made of pieces of text and code points; the same everywhere."""
+    """10,000 strings, half of them any bytes, half made of pieces of text and code points; the same
+    everywhere."""
     state, out = 1, []
 
     def draw(n):
@@ -59,7 +61,8 @@ def random_bytes():
         if i % 2:
             out.append(bytes(draw(256) for _ in range(1 + draw(40))))
         else:
-            parts = [COMMON[draw(len(COMMON))] if draw(3) else chr(draw(0xd800) if draw(2) else 0xe000 + draw(0x102000))
+            parts = [COMMON[draw(len(COMMON))] if draw(3) else
+                     chr(draw(0xd800) if draw(2) else 0xe000 + draw(0x102000))
                      for _ in range(1 + draw(24))]
             out.append("".join(parts).encode())
     return out
@@ -78,14 +81,15 @@ def chunks(items, size=4096):
 
 
 def digest_ids(lists):
-    return hashlib.sha256(b"".join(struct.pack("<I%di" % len(ids), len(ids), *ids) for ids in lists)).hexdigest()[:8]
+    packed = [struct.pack("<I%di" % len(ids), len(ids), *ids) for ids in lists]
+    return hashlib.sha256(b"".join(packed)).hexdigest()[:8]
 
 
 def digest_texts(texts):
     return hashlib.sha256(b"".join(struct.pack("<I", len(t)) + t for t in texts)).hexdigest()[:8]
 
 
-# ---- Tools ---------------------------------------------------------------------------------------------------------
+# ---- Tools -------------------------------------------------------------------------------------------------
 
 def exporter():
     import export
@@ -194,7 +198,8 @@ def small_json(**changes):
 
 # Small tokenizers whose like the big ones do not show, each compared with the reference on random texts.
 ADDED = [("<a>", {}), ("<a><b>", {}), ("<l>", {"lstrip": True}), ("<r>", {"rstrip": True}),
-         ("<w>", {"single_word": True}), ("<n>", {"normalized": True}), ("<an>", {"normalized": True, "rstrip": True})]
+         ("<w>", {"single_word": True}), ("<n>", {"normalized": True}),
+         ("<an>", {"normalized": True, "rstrip": True})]
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 PREPEND = {"type": "Prepend", "prepend": "\u2581"}
 SPACES_BACK = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
@@ -209,15 +214,16 @@ def added_tokens(first, tokens):
 
 def chars_json(normalizer, pre_tokenizer, decoder, fallback=False, fuse=True, unknown=True, tokens=()):
     """BPE on characters, with U+2581 for spaces."""
-    merges = ["\u2581 a", "a b", "\u2581 \u2581", "\u2581\u2581 \u2581\u2581", "b a", "\u2581a b", "ab ab", "\u2581 \u2581a"]
+    merges = ["\u2581 a", "a b", "\u2581 \u2581", "\u2581\u2581 \u2581\u2581", "b a", "\u2581a b", "ab ab",
+              "\u2581 \u2581a"]
     vocab = {"<unk>": 0}
     for text in ["<0x%02X>" % b for b in range(256)] * fallback + list("\u2581ab1<>\n") + [
             m.replace(" ", "") for m in merges]:
         vocab[text] = len(vocab)
     return {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder,
             "added_tokens": added_tokens(len(vocab), tokens),
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": fallback, "fuse_unk": fuse,
-                      "unk_token": "<unk>" if unknown else None}}
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": fallback,
+                      "fuse_unk": fuse, "unk_token": "<unk>" if unknown else None}}
 
 
 def small_cases():
@@ -236,12 +242,15 @@ def small_cases():
     return {
         "added": small_json(added_tokens=added_tokens(263, ADDED)),
         "added nfc": small_json(added_tokens=added_tokens(263, ADDED), normalizer={"type": "NFC"}),
-        "llama": chars_json(llama, None, {"type": "Sequence", "decoders": [SPACES_BACK, FALLBACK, FUSE, STRIP]}, True,
+        "llama": chars_json(llama, None, {"type": "Sequence",
+                                          "decoders": [SPACES_BACK, FALLBACK, FUSE, STRIP]}, True,
                             tokens=[("<s>", {"special": True})]),
-        "unknown": chars_json(SPACES, None, {"type": "Sequence", "decoders": [SPACES_BACK, FUSE]}, fuse=False),
-        "dropped": chars_json(SPACES, None, {"type": "Sequence", "decoders": [SPACES_BACK, FUSE]}, unknown=False),
-        "always": metaspace("always", True), "first": metaspace("first", True), "never": metaspace("never", False),
-        "prefix": bytes_json(prefixed), "whole words": whole,
+        "unknown": chars_json(SPACES, None, {"type": "Sequence", "decoders": [SPACES_BACK, FUSE]},
+                              fuse=False),
+        "dropped": chars_json(SPACES, None, {"type": "Sequence", "decoders": [SPACES_BACK, FUSE]},
+                              unknown=False),
+        "always": metaspace("always", True), "first": metaspace("first", True),
+        "never": metaspace("never", False), "prefix": bytes_json(prefixed), "whole words": whole,
         "digits": bytes_json({"type": "Digits", "individual_digits": False}, plain),
         "removed": bytes_json({"type": "WhitespaceSplit"}, plain),
         "string": bytes_json({"type": "Split", "pattern": {"String": "he"}, "behavior": "MergedWithPrevious",
@@ -249,17 +258,20 @@ def small_cases():
     }
 
 
-SMALL_PARTS = [" ", "  ", "a", "b", "ab", "1", "12", "\n", "\t", "hello", "he", "hey", "h", "l", "<", ">", "<s>", "<u>", "<a>",
-               "<b>", "<l>", "<r>", "<w>", "<n>", "<an>", "\u2581", "\u00e9", "e\u0301", "\u2167", "_", "\u3000", "\u0301",
-               "\u4e2d", "\ud55c", "\u200d", "\u24b6", "\u00bd", "\U0001f600"]
+SMALL_PARTS = [" ", "  ", "a", "b", "ab", "1", "12", "\n", "\t", "hello", "he", "hey", "h", "l", "<", ">",
+               "<s>", "<u>", "<a>", "<b>", "<l>", "<r>", "<w>", "<n>", "<an>", "\u2581", "\u00e9", "e\u0301",
+               "\u2167", "_", "\u3000", "\u0301", "\u4e2d", "\ud55c", "\u200d", "\u24b6", "\u00bd",
+               "\U0001f600"]
 
 # Patterns by behaviour: all those for GGUF files, and these.
-PATTERNS = [r"a|ab", r"ab|a", r"(?:a|ab)(?:c|bcd)?", r"a+?b??", r"a{2,3}", r"a{2,}b{,2}", r"(?:ab?){2}c*", r"\d{1,3}+", r"a+$",
-            r"\s+$", r"a(?=b)|b(?!c)", r"[a-c1-9&&[^b]]+", r"[^\s\p{Han}]+|\p{Han}", r"\p{^L}+", r"\P{Lu}+", r"(?i)k+|s'",
-            r"(?i:[a-c]1|he)", r"\w+|[^\w\s]+", r"[\]\-a]+|[b\-]", r"\x61\x{62}?|\u0063", r" ?[^\s\p{L}\p{N}]++[\r\n]*",
-            r"[^\r\n\p{L}\p{N}]?+\p{L}+", r".+", r"\p{Lu}?\p{Ll}+|\S", r"\s{4}(?!\S)|\s{1,2}(?!\S)|\s"]
-PATTERN_PARTS = SMALL_PARTS + ["c", "abc", "aaa", "K", "\u212a", "S", "\u017f", "'", "'s", "'LL", "]", "-", "1234567", "\r\n", "\r",
-                               "\u00b2", "\u01c5", "AbC", "\ud55c\uad6d", "\u0915\u093f", "...", "/", "\u3042", "\uff01"]
+PATTERNS = [r"a|ab", r"ab|a", r"(?:a|ab)(?:c|bcd)?", r"a+?b??", r"a{2,3}", r"a{2,}b{,2}", r"(?:ab?){2}c*",
+            r"\d{1,3}+", r"a+$", r"\s+$", r"a(?=b)|b(?!c)", r"[a-c1-9&&[^b]]+", r"[^\s\p{Han}]+|\p{Han}",
+            r"\p{^L}+", r"\P{Lu}+", r"(?i)k+|s'", r"(?i:[a-c]1|he)", r"\w+|[^\w\s]+", r"[\]\-a]+|[b\-]",
+            r"\x61\x{62}?|\u0063", r" ?[^\s\p{L}\p{N}]++[\r\n]*", r"[^\r\n\p{L}\p{N}]?+\p{L}+", r".+",
+            r"\p{Lu}?\p{Ll}+|\S", r"\s{4}(?!\S)|\s{1,2}(?!\S)|\s"]
+PATTERN_PARTS = SMALL_PARTS + ["c", "abc", "aaa", "K", "\u212a", "S", "\u017f", "'", "'s", "'LL", "]", "-",
+                               "1234567", "\r\n", "\r", "\u00b2", "\u01c5", "AbC", "\ud55c\uad6d",
+                               "\u0915\u093f", "...", "/", "\u3042", "\uff01"]
 
 
 def random_texts(parts, count=400):
@@ -276,7 +288,8 @@ def random_texts(parts, count=400):
 def split_cases():
     """Name -> (pattern, behaviour, invert)."""
     patterns = list(PATTERNS)
-    for name in "gpt-2 default smollm llama3 qwen2 deepseek-llm deepseek-coder deepseek-v3 tekken gpt-4o falcon".split():
+    for name in ("gpt-2 default smollm llama3 qwen2 deepseek-llm deepseek-coder deepseek-v3 tekken gpt-4o "
+                 "falcon").split():
         patterns += [p for p in exporter().gguf_patterns(name)[0] if p not in patterns]
     cases = {p: (p, "isolated", False) for p in patterns}
     for behaviour in ("removed", "merged_with_previous", "merged_with_next", "contiguous", "isolated"):
@@ -337,12 +350,14 @@ class TokenizerTest(unittest.TestCase):
         texts = TEXTS[kind]()
         for chunk, ids, number in zip(chunks(texts), expected[kind].split(), range(1 << 20)):
             got = driver.batch(b"b", chunk)
-            self.assertEqual(digest_ids(got), ids, "%s: ids of %s %d..%d (chunk %d) are not the reference's" % (
+            what = "%s: ids of %s %d..%d (chunk %d) are not the reference's"
+            self.assertEqual(digest_ids(got), ids, what % (
                 name, kind, 4096 * number, 4096 * number + len(chunk) - 1, number))
         if kind == "strings":
             for chunk, digest in zip(chunks(texts), expected[kind + " decoded"].split()):
                 decoded = [t.decode("utf-8", "replace").encode() for t in driver.batch(b"r", chunk)]
-                self.assertEqual(digest_texts(decoded), digest, "%s: decode(encode(x)) is not the reference's" % name)
+                self.assertEqual(digest_texts(decoded), digest,
+                                 "%s: decode(encode(x)) is not the reference's" % name)
 
     def test_every_code_point(self):
         for name in NAMES:
@@ -393,18 +408,20 @@ class TokenizerTest(unittest.TestCase):
     # -- what INDEX-like lists of traps name
 
     def test_digits_first(self):
-        """SmolLM2: every digit alone, then GPT-2's rule, so that a run of spaces before a digit is one piece."""
+        """SmolLM2: every digit alone, then GPT-2's rule, so that spaces before a digit are one piece."""
         self.assertEqual(self.fixture("smollm2").encode("    1"), [289, 33])
 
     def test_missing_bytes_are_dropped(self):
-        missing = bytes([0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xc0, 0xc1, 0xf1, 0xf2] + list(range(0xf5, 0x100)))
+        missing = bytes([0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xc0, 0xc1, 0xf1,
+                         0xf2] + list(range(0xf5, 0x100)))
         self.assertEqual(self.fixture("smollm2").encode(missing), [])
         self.assertEqual(self.fixture("smollm2").batch(b"r", [b"a\x04b\xffc"]), [b"abc"])
 
     def test_nfc(self):
         qwen = self.fixture("qwen3")
         self.assertEqual(qwen.encode("e\u0301\u212b"), qwen.encode("\u00e9\u00c5"))
-        self.assertEqual(qwen.batch(b"r", ["q\u0307\u0323 \u1112\u1161\u11ab"]), ["q\u0323\u0307 \ud55c".encode()])
+        self.assertEqual(qwen.batch(b"r", ["q\u0307\u0323 \u1112\u1161\u11ab"]),
+                         ["q\u0323\u0307 \ud55c".encode()])
 
     def test_empty_and_nul(self):
         for name in NAMES:
@@ -433,7 +450,8 @@ class TokenizerTest(unittest.TestCase):
         """The highest score, of equals the leftmost, as long as neighbours spell a token."""
         tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % b for b in range(256)]
         scores, state = [0.0] * len(tokens), 3
-        for text in ["a", "b", " ", "ab", "ba", "aab", "bb", " a", " ab", "abab", "aa", "aaaa", "b ", "  ", "c", "abc"]:
+        for text in ["a", "b", " ", "ab", "ba", "aab", "bb", " a", " ab", "abab", "aa", "aaaa", "b ", "  ",
+                     "c", "abc"]:
             state = (state * 1103515245 + 12345) % (1 << 31)
             tokens.append(text)
             scores.append(-float(state >> 8 & 7))
@@ -480,11 +498,13 @@ class TokenizerTest(unittest.TestCase):
     # -- what is refused
 
     def test_refused_patterns(self):
-        for pattern, word in ((r"a*", "match nothing"), (r"\bword", "escape"), (r"(?<=a)b", "group"), (r"(a", "not closed"),
-                              (r"a(?=bc)", "more than one"), (r"\p{Greek}", "Greek"), (r"a++ab", "possessive"),
-                              (r"(?i:stra\u00dfe)", "case"), (r"(?i:ss)", "folds"), (r"^a", "has a '\\^'"), (r"[z-a]", "range"),
-                              (r"(?:a*)*b", "endless"), (r"[[:alpha:]]", "POSIX"), (r"a{1,9999}", "repetition"), (r"a)", "'\\)'"),
-                              (r"(a)\1", "escape"), (r"a{2000}", "repetition"), (r"[a", "end"), ("\\", "end"), (r"\s++$", "poss")):
+        for pattern, word in ((r"a*", "match nothing"), (r"\bword", "escape"), (r"(?<=a)b", "group"),
+                              (r"(a", "not closed"), (r"a(?=bc)", "more than one"), (r"\p{Greek}", "Greek"),
+                              (r"a++ab", "possessive"), (r"(?i:stra\u00dfe)", "case"), (r"(?i:ss)", "folds"),
+                              (r"^a", "has a '\\^'"), (r"[z-a]", "range"), (r"(?:a*)*b", "endless"),
+                              (r"[[:alpha:]]", "POSIX"), (r"a{1,9999}", "repetition"), (r"a)", "'\\)'"),
+                              (r"(a)\1", "escape"), (r"a{2000}", "repetition"), (r"[a", "end"), ("\\", "end"),
+                              (r"\s++$", "poss")):
             with self.assertRaisesRegex(exporter().Refused, word, msg=pattern):
                 exporter().Pattern(pattern)
 
@@ -494,10 +514,13 @@ class TokenizerTest(unittest.TestCase):
                               ({"model": dict(model, type="WordPiece")}, "WordPiece"),
                               ({"model": dict(model, dropout=0.1)}, "dropout"),
                               ({"model": dict(model, end_of_word_suffix="</w>")}, "end_of_word_suffix"),
-                              ({"model": dict(model, merges=["h zz"])}, "merge"), ({"normalizer": {"type": "NFKC"}}, "NFKC"),
-                              ({"normalizer": {"type": "Lowercase"}}, "Lowercase"), ({"decoder": None}, "decoder"),
+                              ({"model": dict(model, merges=["h zz"])}, "merge"),
+                              ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+                              ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+                              ({"decoder": None}, "decoder"),
                               ({"pre_tokenizer": {"type": "UnicodeScripts"}}, "UnicodeScripts"),
-                              ({"decoder": {"type": "WordPiece"}}, "WordPiece"), ({"model": 7}, "well formed"),
+                              ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
+                              ({"model": 7}, "well formed"),
                               ({"added_tokens": added_tokens(99999, [("<x>", {})])}, "99999"),
                               ({"pre_tokenizer": {"type": "Sequence"}}, "well formed")):
             with self.assertRaisesRegex(exporter().Refused, word, msg=str(changes)[:80]):
@@ -507,7 +530,7 @@ class TokenizerTest(unittest.TestCase):
                                             "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}, 1)
 
     def test_damaged_files(self):
-        """Thousands of damaged tokenizers under sanitizers: a sentence or a working tokenizer, never a crash."""
+        """Thousands of damaged tokenizers under sanitizers: a sentence or a working tokenizer, no crash."""
         program = build_driver("tokenizer_driver_sanitized", SANITIZERS)
         if not program:
             self.skipTest("this compiler has no sanitizers")
