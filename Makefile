@@ -17,7 +17,7 @@ THREADS = $(if $(filter 1,$(OPENMP)),-fopenmp,-pthread)
 
 # No -march: the kernels for each instruction set are in there, and one is chosen at start.
 run: run.c tokenizer.c
-	$(CC) $(CFLAGS) $(WARNINGS) -Wno-psabi -std=gnu11 $(THREADS) run.c -o run -lm -lpthread
+	$(CC) $(CFLAGS) -ffp-contract=off $(WARNINGS) -Wno-psabi -std=gnu11 $(THREADS) run.c -o run -lm -lpthread
 
 demo: run
 	./run models/stories260K.bin -i "Once upon a time" -n 0 -s 3

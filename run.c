@@ -230,7 +230,6 @@ int run_generate(run_session *session, const run_generation *how, run_result *re
 
 #include "tokenizer.c"
 
-#define MAYBE_UNUSED __attribute__((unused))
 #define INLINE static inline __attribute__((always_inline))
 
 /* Fills in the sentence and returns -1, so that `return fail(...)` is the way out. */
@@ -3565,7 +3564,9 @@ static int write_model(const char *out, const struct container *c, struct planne
 
 #ifdef RUN_KERNELS
 
+#ifdef KERNELS_TARGET
 TARGET_BEGIN(KERNELS_TARGET)
+#endif
 
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -3681,13 +3682,20 @@ INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
 
 #elif defined KERNELS_DOTPROD
 
+/* s + four products a lane. As assembly, since old clangs have no intrinsic for one function's target. */
+INLINE int32x4_t sdot(int32x4_t s, vb w, vb x)
+{
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"((int8x16_t)w), "w"((int8x16_t)x));
+    return s;
+}
+
 INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
 {
     int32x4_t s = vdupq_n_s32(0), t = s;
     (void)sum;
     for (int i = 0; i < 8; i += 2) {
-        s = vdotq_s32(s, (int8x16_t)w[i], (int8x16_t)SET(four)(x + 4 * i));
-        t = vdotq_s32(t, (int8x16_t)w[i + 1], (int8x16_t)SET(four)(x + 4 * i + 4));
+        s = sdot(s, w[i], SET(four)(x + 4 * i));
+        t = sdot(t, w[i + 1], SET(four)(x + 4 * i + 4));
     }
     return (vi)vaddq_s32(s, t);
 }
@@ -3976,11 +3984,13 @@ static const struct kernels SET(kernels) = {
 #undef KERNELS_NEON
 #undef KERNELS_DOTPROD
 #undef KERNELS_NAME
-#undef KERNELS_TARGET
 #undef LANES
 #undef FLOAT_TOKENS
 
+#ifdef KERNELS_TARGET
 TARGET_END
+#undef KERNELS_TARGET
+#endif
 
 #elif !defined RUN_DECLARATIONS
 
@@ -4040,7 +4050,6 @@ static int has_avxvnni(void)
 #define RUN_KERNELS NEON
 #define KERNELS_NEON
 #define KERNELS_NAME "neon"
-#define KERNELS_TARGET "+simd"
 #define LANES 4
 #define FLOAT_TOKENS 1
 #include "run.c"
@@ -4048,8 +4057,12 @@ static int has_avxvnni(void)
 #define RUN_KERNELS DOTPROD
 #define KERNELS_DOTPROD
 #define KERNELS_NAME "dotprod"
-#define KERNELS_REST NEON
+#ifdef __clang__
+#define KERNELS_TARGET "dotprod"
+#else
 #define KERNELS_TARGET "arch=armv8.2-a+dotprod"
+#endif
+#define KERNELS_REST NEON
 #define LANES 4
 #define FLOAT_TOKENS 1
 #include "run.c"
