@@ -15,10 +15,14 @@ become float32. What would change the computation and is not understood here is 
 not trusted: every count, offset and size is checked before it is used, and nothing is ever unpickled.
 """
 import argparse
+import ast
 import base64
+import functools
 import hashlib
 import http.client
+import itertools
 import json
+import keyword
 import math
 import operator
 import os
@@ -30,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
