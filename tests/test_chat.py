@@ -37,6 +37,17 @@ EXACT = {                       # some formats string by string
                "chat.assistant.after": " </s>", "chat.system.place": "first",
                "chat.system.before": "<<SYS>>\n", "chat.system.after": "\n<</SYS>>\n\n",
                "chat.trim": "turn assistant"},
+    "llama3": {"chat.begin": "<|begin_of_text|>", "chat.trim": "user system assistant",
+               "chat.user.before": "<|start_header_id|>user<|end_header_id|>\n\n",
+               "chat.user.after": "<|eot_id|>", "chat.assistant.after": "<|eot_id|>",
+               "chat.assistant.before": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+               "chat.generate": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+               "chat.system.place": "start", "chat.system.after": "<|eot_id|>",
+               "chat.system.before": "<|start_header_id|>system<|end_header_id|>\n\n"},
+    "zephyr": {"chat.user.before": "<|user|>\n", "chat.user.after": "</s>\n",
+               "chat.assistant.before": "<|assistant|>\n", "chat.assistant.after": "</s>\n",
+               "chat.generate": "<|assistant|>\n", "chat.system.place": "start",
+               "chat.system.before": "<|system|>\n", "chat.system.after": "</s>\n"},
     "gemma2": {"chat.begin": "<bos>", "chat.trim": "user assistant",
                "chat.generate": "<start_of_turn>model\n",
                "chat.user.before": "<start_of_turn>user\n", "chat.user.after": "<end_of_turn>\n",
@@ -45,7 +56,7 @@ REFUSED = {                     # and what the sentence must name
     "refused-vigogne": "<<SYS>>", "refused-seed-oss": "can only give", "refused-qwq": "can only give",
     "refused-smollm3": "can only give", "refused-granite3.3": "'strftime_now'",
     "refused-mistral-small": "'strftime_now'", "refused-smolvlm": "every text once",
-    "refused-pivot-moe": "every text once", "refused-hermes2-tools": "is no list",
+    "refused-pivot-moe": "every text once", "refused-hermes2-tools": "not iterable",
     "refused-firefunction": "statement 'filter'"}
 LOOP = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>"
 # Each differs from fixed strings in one respect only.
@@ -140,6 +151,8 @@ class Formats(unittest.TestCase):
     def test_some_formats_string_by_string(self):
         for name, chat in EXACT.items():
             self.assertEqual(derived(name), chat, name)
+        for special in ({}, {"bos_token": "<|endoftext|>"}, {"bos_token": "<|im_start|>", "eos_token": "x"}):
+            self.assertEqual(chat_from_template(template("smollm2"), special), EXACT["smollm2"])
 
     def test_a_small_difference_is_enough_to_refuse(self):
         self.assertEqual(chat_from_template(LOOP, SPECIAL)["chat.user.before"], "<user>")
@@ -206,10 +219,12 @@ class Hostile(unittest.TestCase):
         for text, reason in (
                 (GROW + "{{ ns.s }}" * 3, "writes too much"),
                 (GROW + "{{ ns.s.replace('a', 'aaa') }}", "too large"),
-                ("{% for i in range(9000) %}" + "{{ i ~ i }}" * 9 + "{% endfor %}", "takes too long"),
-                ("{{ messages.__len__() }}", "'__len__' of a value"),
-                ("{{ 'a'.center(9) }}", "method 'center'"),
-                ("{{ [[[[[[[[[[1]]]]]]]]]] }}", "too deeply"), ("{{ raise_exception('why') }}", "says: why")):
+                ("{% for i in range(9000) %}" + "{% set x = i ~ i %}" * 9 + "{% endfor %}", "takes too long"),
+                ("{{ messages.__len__() }}", "method '__len__'"), ("{{ [[1]] }}", "writes a list"),
+                ("{{ 'a'.center(9) }}", "method 'center'"), ("{{ 'a'|title }}", "filter 'title'"),
+                ("{{ 1 is odd }}", "test 'odd'"), ("{{ 2 * 3 }}", "operator Mult"),
+                ("{{ [x for x in messages] }}", "ListComp"), ("{{ lambda: 1 }}", "Lambda"),
+                ("{{ [1] == [1] }}", "compares a list"), ("{{ raise_exception('why') }}", "says: why")):
             with self.assertRaises(Refused, msg=text) as raised:
                 ChatTemplate(text).render(EXPECTED["conversations"][3], SPECIAL)
             self.assertIn(reason, str(raised.exception))
