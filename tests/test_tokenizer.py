@@ -252,7 +252,8 @@ def small_cases():
         "always": metaspace("always", True), "first": metaspace("first", True),
         "never": metaspace("never", False), "prefix": bytes_json(prefixed), "whole words": whole,
         "digits": bytes_json({"type": "Digits", "individual_digits": False}, plain),
-        "removed": bytes_json({"type": "WhitespaceSplit"}, plain),
+        "removed": bytes_json({"type": "Split", "pattern": {"Regex": "\\s"}, "behavior": "Removed",
+                               "invert": False}, plain),
         "string": bytes_json({"type": "Split", "pattern": {"String": "he"}, "behavior": "MergedWithPrevious",
                               "invert": False}, plain),
     }
@@ -264,9 +265,9 @@ SMALL_PARTS = [" ", "  ", "a", "b", "ab", "1", "12", "\n", "\t", "hello", "he", 
                "\U0001f600"]
 
 # Patterns by behaviour: all those for GGUF files, and these.
-PATTERNS = [r"a|ab", r"ab|a", r"(?:a|ab)(?:c|bcd)?", r"a+?b??", r"a{2,3}", r"a{2,}b{,2}", r"(?:ab?){2}c*",
-            r"\d{1,3}+", r"a+$", r"\s+$", r"a(?=b)|b(?!c)", r"[a-c1-9&&[^b]]+", r"[^\s\p{Han}]+|\p{Han}",
-            r"\p{^L}+", r"\P{Lu}+", r"(?i)k+|s'", r"(?i:[a-c]1|he)", r"\w+|[^\w\s]+", r"[\]\-a]+|[b\-]",
+PATTERNS = [r"a|ab", r"ab|a", r"(?:a|ab)(?:c|bcd)?", r"a{2,3}", r"a{2,}b{,2}", r"(?:ab?){2}c*",
+            r"\d{1,3}+", r"a+$", r"\s+$", r"a(?=b)|b(?!c)", r"[a-c1-9&&[^b]]+",
+            r"\p{^L}+", r"\P{Lu}+", r"(?i:[a-c]1|he)", r"\w+|[^\w\s]+", r"[\]\-a]+|[b\-]",
             r"\x61\x{62}?|\u0063", r" ?[^\s\p{L}\p{N}]++[\r\n]*", r"[^\r\n\p{L}\p{N}]?+\p{L}+", r".+",
             r"\p{Lu}?\p{Ll}+|\S", r"\s{4}(?!\S)|\s{1,2}(?!\S)|\s"]
 PATTERN_PARTS = SMALL_PARTS + ["c", "abc", "aaa", "K", "\u212a", "S", "\u017f", "'", "'s", "'LL", "]", "-",
@@ -288,8 +289,7 @@ def random_texts(parts, count=400):
 def split_cases():
     """Name -> (pattern, behaviour, invert)."""
     patterns = list(PATTERNS)
-    for name in ("gpt-2 default smollm llama3 qwen2 deepseek-llm deepseek-coder deepseek-v3 tekken gpt-4o "
-                 "falcon").split():
+    for name in ("gpt-2 default smollm llama3 qwen2 deepseek-llm deepseek-coder deepseek-v3 tekken").split():
         patterns += [p for p in exporter().gguf_patterns(name)[0] if p not in patterns]
     cases = {p: (p, "isolated", False) for p in patterns}
     for behaviour in ("removed", "merged_with_previous", "merged_with_next", "contiguous", "isolated"):
@@ -500,11 +500,12 @@ class TokenizerTest(unittest.TestCase):
     def test_refused_patterns(self):
         for pattern, word in ((r"a*", "match nothing"), (r"\bword", "escape"), (r"(?<=a)b", "group"),
                               (r"(a", "not closed"), (r"a(?=bc)", "more than one"), (r"\p{Greek}", "Greek"),
-                              (r"a++ab", "possessive"), (r"(?i:stra\u00dfe)", "case"), (r"(?i:ss)", "folds"),
+                              (r"(?:ab)++c", "possessive"),
+                              (r"(?i:stra\u00dfe)", "case"), (r"(?i:ss)", "folds"),
                               (r"^a", "has a '\\^'"), (r"[z-a]", "range"), (r"(?:a*)*b", "endless"),
                               (r"[[:alpha:]]", "POSIX"), (r"a{1,9999}", "repetition"), (r"a)", "'\\)'"),
                               (r"(a)\1", "escape"), (r"a{2000}", "repetition"), (r"[a", "end"), ("\\", "end"),
-                              (r"\s++$", "poss")):
+                              (r"a+?", "repetition"), (r"(?i)a", "group")):
             with self.assertRaisesRegex(exporter().Refused, word, msg=pattern):
                 exporter().Pattern(pattern)
 
