@@ -1045,9 +1045,10 @@ static int model_read(struct run_model *m, run_error *error)
     const float *rope = get_vector(&r, "rope.freqs", c->rope_dims / 2, 0);
     if (r.failed)
         return -1;
-    if (rope)
-        memcpy(m->rope, rope, sizeof *rope * (size_t)(c->rope_dims / 2));
-    else
+    for (int i = 0; rope && i < c->rope_dims / 2; i++)
+        if (!((m->rope[i] = rope[i]) >= 0 && rope[i] <= 16))
+            return fail(error, "rope.freqs holds %g, but should hold radians per position, from 0 to 16", (double)rope[i]);
+    if (!rope)
         rope_frequencies(m->rope, c->rope_dims / 2, c->rope_base);
     measure_weights(m);
 
@@ -3422,7 +3423,8 @@ static int write_matrix(FILE *file, struct packing *p, uint32_t *crc, run_error 
     const struct matrix *m = &p->source.m;
     int total = (int)strips(m->rows), failed = -1;
     size_t strip_bytes = matrix_bytes(p->type, STRIP, m->cols), width = blocks(m->cols) * BLOCK;
-    int most = (int)((size_t)(16 << 20) / strip_bytes) + p->team->size;
+    int most = (int)((size_t)(16 << 20) / strip_bytes) + p->team->size; /* strips at a time */
+    most = most < total ? most : total;
     p->out = malloc(strip_bytes * (size_t)most);
     p->rows = malloc((size_t)p->team->size * STRIP * width * sizeof *p->rows);
     p->error = calloc((size_t)total, sizeof *p->error);
