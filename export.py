@@ -603,10 +603,10 @@ WvtMZ{y48v<o1IJV+#MDILk1H`7P$4wTb)Wzs0#PKHmM2;02P7V1O1#T?w}b7iDL013DSR3UIt`N)@;c
 XJvh65kdJX;4>fa0Dl7Vcs7=(z=3c(uxKGB0fEeCA)OE8Q2Zsxpr}ia@Wu7G@+08Bzs-|MzmPI5LzMm^x1mrDtU}AFR7vZZ%3DzVo0N8cDS2n!
 lxH6E-u@l@8$1CJu>"""
 NFC_POINTS = """
-c-jTQF-VkQ90u^`dH(PFeji_cex8e1XNnqf*b<y4Qs{EX-QW^VLZO0+h&q&r#1Xg(B3y|H7v$jLl$w)>TT7@o8w4#81Uk9)`<?UHCy2ZtJ-pNo
-OVyw39s0t!r|qfMHuwseG794`1mw^p!)xTQj3$^e4x(i5;1P4yMU>U7h88!WW?N)tWBo}!?oRS4Cg-lazD4N5XFm8rY*9C4C2x3^R)_oI!D<<w
-SoqF?uq*TS#Joj<An36b)vVOKT1|?Km+UI}<t;nRP<PrSraBLt@2L2hyT4rLN8yafznM&LnH#`8QQzf1*?hTOP7p=K*FL+5@SE7CtEVc+W1sw$
-VCea1aRg(@0*}a-$kZO3yP#W%?-|}>m2dGO!Pf@ei|}WUI4?}EQ>TxDS}cfi`?;_bP8zP^{sU2>K34"""
+c-j?@KS*0~9K`Rw-{0@|9#5Yy=_0Z557r{VE<%zLTIv!?99+anP*iB86m_sgiiAQYL6AVIw1Eh9$kIuxP9knDl9bLZ2reQBI=S|h<GA7A!`&GV
+Z2->-M0(otmHF|%94dUL|D^kweA?s;B8e!Ng2Ew*PEpLpxq?n;+&o8K*J0uFt??*Y)-n=iTDo+Jkxq;RX@4+ChnQRZW#!1j0Cw4NK~yP!$WmG{
+8jimj-e3{mm^o+8)kUp7jqSyw{;N;3(j}o<d88tqvdw|KU8(9pgqo2pV!r=}vArex=Kh8iZVOI{^y*xA$7Bu<M6J$S(Ram^n3%^{{%;$#JX{ew
+G__DNV$mco0~B7o&W>Rsc+a2YWc)tmjA_w)^dIOxV~rp1CBS}z=B2ydBhE4l70StDCkb^i*))@G*&R1b!~6q2uRd4"""
 CATEGORIES = "Lu Ll Lt Lm Lo M Nd Nl No Pc P S Z C".split()     # those told apart; P: punctuation but Pc
 END = 0x110000                                          # the end of the text, as if it were a character
 ANY = (1 << END + 1) - 1                                # a set of code points: an integer with a bit for each
