@@ -1310,13 +1310,13 @@ def tokenizer_from_gguf(pairs, vocab_size):
 #
 # ChatTemplate interprets the part of Jinja that such templates use, set up as in transformers (trim_blocks,
 # lstrip_blocks, loop controls, `generation`; no strftime_now: what a model is told must not depend on the day
-# of its export). Jinja's expressions are nearly Python's: x|f(y) is written as x**f(y), `x is not f` as
-# x**isnt_f, ~ as @ (each binds as the original), and `a if b` gets an `else ...`. Python's parser then makes
-# trees of them. They are walked here, never compiled: they reach nothing but the values given to them, change
-# nothing but namespaces, pay for every step from one purse and never look into lists within lists. So no
-# template can hang the exporter or eat the memory.
+# of its export). Jinja is nearly Python: x|f(y) is written as x**f(y), `x is not f` as x**isnt_f, ~ as @
+# (they bind as the originals), `a if b` gets an `else ...`, statements their indentation. Python's
+# parser makes trees of it. They are walked here, never compiled: they reach nothing but the values given to
+# them, change nothing but namespaces, pay for every step from one purse and never look into lists within
+# lists. So no template can hang the exporter or eat the memory.
 
-CHAT_STEPS, CHAT_TEXT = 300000, 1 << 18                 # the purse; the longest string or list
+CHAT_STEPS, CHAT_TEXT = 400000, 1 << 18                 # the purse; the longest string or list
 CHAT_TAG = re.compile(r"\{([%{#])([-+]?)\s*")
 CHAT_ENDS = {"%": re.compile(r"-%\}\s*|\+%\}|%\}\n?"), "{": re.compile(r"-\}\}\s*|\}\}"),
              "#": re.compile(r".*?(?:-#\}\s*|\+#\}|#\}\n?)", re.S)}
@@ -1324,6 +1324,9 @@ CHAT_WORD = re.compile(r"""(?:(?P<int>\d+)(?!\.?\w)|(?P<test>is\s+(?:not\s+)?[^\
     |\.\s*(?P<attribute>\w+)|(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
     |(?P<op>//|[=!<>]=|[-+*%~<>=()\[\]{},:|]))\s*""", re.S | re.X)
 CHAT_PYTHON = {"|": "**", "~": "@", "true": "True", "false": "False", "none": "None"}
+CHAT_STATEMENTS = {"if": "if %s:", "elif": "elif %s:", "else": "else:%s", "for": "for _ in [0 for %s]:",
+                   "set": "%s", "macro": "def %s:", "generation": "while True:%s", "break": "break%s",
+                   "continue": "continue%s"}
 CHAT_METHODS = {dict: "get items keys values".split(), str: """strip lstrip rstrip split startswith endswith
     replace upper lower title capitalize""".split()}
 
@@ -1392,16 +1395,22 @@ CHAT_TREES = {                                          # given the running temp
     "UnaryOp": lambda run, t, s: run.operate(type(t.op).__name__, run.value(t.operand, s)),
     "Attribute": lambda run, t, s: run.member(run.value(t.value, s), t.attr),
     "Index": lambda run, t, s: run.value(t.value, s),   # of Python 3.8
-    "Slice": lambda run, t, s: slice(*[part and run.value(part, s) for part in (t.lower, t.upper, t.step)])}
+    "Slice": lambda run, t, s: slice(*[part and run.value(part, s) for part in (t.lower, t.upper, t.step)]),
+    # Statements give "break" or "continue" to leave their loop.
+    "Expr": lambda run, t, s: run.write(chat_text(run.value(t.value, s))), "Pass": lambda run, t, s: None,
+    "Break": lambda run, t, s: "break", "Continue": lambda run, t, s: "continue",
+    "If": lambda run, t, s: run.run(t.body if run.value(t.test, s) else t.orelse, s),
+    "While": lambda run, t, s: run.run(t.body, dict(s)),            # generation
+    "With": lambda run, t, s: run.bind(s, t.items[0].context_expr, run.captured(t.body, dict(s))),
+    "Assign": lambda run, t, s: run.bind(s, t.targets[0], run.value(t.value, s))}
 
 
 class ChatTemplate:
     def __init__(self, source):
         if len(source) > 1 << 15:
             chat_refuse("is longer than 32768 characters")
-        self.steps, self.size, self.out, self.literals, self.end = CHAT_STEPS, 0, [], {}, None
-        self.parts = self.split(source)
-        self.body = self.guarded(self.block)
+        self.steps, self.size, self.out, self.literals = CHAT_STEPS, 0, [], {}
+        self.body = self.guarded(lambda: ast.parse(self.program(source)).body)
 
     def render(self, messages, special, add_generation_prompt=True):
         """What transformers' apply_chat_template gives."""
@@ -1475,32 +1484,32 @@ class ChatTemplate:
             before, ifs[-1] = " else ..." * ifs[-1], min(ifs[-1], 0)
         return before + CHAT_PYTHON.get(text, text)
 
-    # -- Statements: functions of the scope, a dict; they return "break" or "continue" to leave their loop
-
-    def block(self, *ends):
-        body = []
-        for kind, text in self.parts:
-            name, _, rest = text.partition(" ")
-            if kind == "text":
-                body.append(lambda scope, text=text: self.write(text))
-            elif kind == "{":
-                tree = ast.parse(text, mode="eval").body
-                body.append(lambda scope, tree=tree: self.write(chat_text(self.value(tree, scope))))
-            elif name in ends:
-                self.end = name, rest
-                return body
-            elif name in ("break", "continue"):
-                body.append(lambda scope, name=name: name)
-            elif name in ("if", "for", "set", "macro", "generation"):
-                body.append(getattr(self, "parse_" + name)(rest))
-            else:
+    def program(self, source):
+        """The template in Python, for its parser only: a text or a {{ }} is an expression."""
+        lines, ends = [], []
+        for kind, text in self.split(source):
+            name, _, rest = text.partition(" ") if kind == "%" else ("", "", "")
+            if ends and name == ends[-1]:
+                ends.pop()
+                continue
+            if kind == "%" and name not in CHAT_STATEMENTS:
                 chat_refuse("uses the statement %r", name)
-        return chat_refuse("lacks %r", ends[-1]) if ends else body
+            line = {"text": repr(text), "{": "(%s)" % text}.get(kind) or CHAT_STATEMENTS[name] % rest
+            if name == "set" and rest.isidentifier():
+                line = "with %s:" % rest        # its value is what the lines up to endset write
+            lines.append(" " * (len(ends) - (name in ("elif", "else"))) + line)
+            if kind == "%" and line.endswith(":"):
+                ends += ["end" + name] if name not in ("elif", "else") else []
+                lines.append(" " * len(ends) + "pass")
+            if len(ends) > 50:
+                chat_refuse("is nested too deeply")
+        return chat_refuse("lacks %r", ends[-1]) if ends else "\n".join(lines)
+
+    # -- Running: statements
 
     def run(self, body, scope):
         for statement in body:
-            self.spend(1)
-            leave = statement(scope)
+            leave = self.value(statement, scope)
             if leave:
                 return leave
 
@@ -1517,66 +1526,40 @@ class ChatTemplate:
         text, self.out = "".join(self.out), around
         return text
 
-    def parse_generation(self, _):
-        body = self.block("endgeneration")
-        return lambda scope: self.run(body, dict(scope))
+    def value_For(self, tree, scope):
+        [head] = tree.iter.generators
 
-    def parse_if(self, text):
-        test, body, other = ast.parse(text, mode="eval").body, self.block("elif", "else", "endif"), []
-        if self.end[0] == "elif":
-            other = [self.parse_if(self.end[1])]
-        elif self.end[0] == "else":
-            other = self.block("endif")
-        return lambda scope: self.run(body if self.value(test, scope) else other, scope)
-
-    def parse_for(self, text):
-        [head] = ast.parse("[0 for %s]" % text, mode="eval").body.generators
-        body = self.block("else", "endfor")
-        other = self.block("endfor") if self.end[0] == "else" else []
-
-        def inside(scope, value, **loop):
+        def inside(value, **loop):
             self.spend(len(scope) // 8)
             local = dict(scope, **loop)
             self.bind(local, head.target, value)
             return local
 
-        def repeat(scope):
-            values = [v for v in self.weighed(list(self.value(head.iter, scope)))
-                      if all(self.value(test, inside(scope, v)) for test in head.ifs)]
-            around, count = [UNDEFINED] + values + [UNDEFINED], len(values)
-            for i, value in enumerate(values):
-                loop = ChatNames(index=i + 1, index0=i, first=i == 0, last=i == count - 1, length=count,
-                                 revindex=count - i, revindex0=count - i - 1,
-                                 previtem=around[i], nextitem=around[i + 2])
-                if self.run(body, inside(scope, value, loop=loop)) == "break":
-                    break
-            return None if values else self.run(other, scope)
-        return repeat
+        values = [v for v in self.weighed(list(self.value(head.iter, scope)))
+                  if all(self.value(test, inside(v)) for test in head.ifs)]
+        around, count = [UNDEFINED] + values + [UNDEFINED], len(values)
+        for i, value in enumerate(values):
+            loop = ChatNames(index=i + 1, index0=i, first=i == 0, last=i == count - 1, length=count,
+                             revindex=count - i, revindex0=count - i - 1,
+                             previtem=around[i], nextitem=around[i + 2])
+            if self.run(tree.body, inside(value, loop=loop)) == "break":
+                break
+        return None if values else self.run(tree.orelse, scope)
 
-    def parse_set(self, text):
-        [head] = ast.parse(text).body
-        if isinstance(head, ast.Assign):
-            [target] = head.targets
-            return lambda scope: self.bind(scope, target, self.value(head.value, scope))
-        body = self.block("endset")
-        return lambda scope: self.bind(scope, head.value, self.captured(body, dict(scope)))
+    def value_FunctionDef(self, tree, scope):
+        params = [name.arg for name in tree.args.args]
+        defaults = dict(zip(params[::-1], tree.args.defaults[::-1]))
 
-    def parse_macro(self, text):
-        head, body = ast.parse(text, mode="eval").body, self.block("endmacro")
-        params = {name.id: ast.Constant(...) for name in head.args}
-        params.update((name.arg, name.value) for name in head.keywords)
-
-        def define(scope):
-            def call(*values, **named):
-                given, local = dict(zip(params, values), **named), dict(scope)
-                if len(values) > len(params) or set(named) - set(params):
-                    chat_refuse("calls its macro %r with other arguments", head.func.id)
-                self.spend(len(scope) // 8)
-                for name, default in params.items():
-                    local[name] = given[name] if name in given else self.value(default, local)
-                return self.captured(body, local)
-            scope[head.func.id] = call
-        return define
+        def call(*values, **named):
+            given, local = dict(zip(params, values), **named), dict(scope)
+            if len(values) > len(params) or set(named) - set(params):
+                chat_refuse("calls its macro %r with other arguments", tree.name)
+            self.spend(len(scope) // 8)
+            for name in params:
+                default = defaults.get(name, ast.Constant(...))
+                local[name] = given[name] if name in given else self.value(default, local)
+            return self.captured(tree.body, local)
+        scope[tree.name] = call
 
     def bind(self, scope, target, value):
         """target = value, where a target is a name, several names, or one in a namespace."""
@@ -1593,7 +1576,7 @@ class ChatTemplate:
         else:
             chat_refuse("sets %r of what is no namespace", target.attr)
 
-    # -- Expressions: trees
+    # -- Running: expressions
 
     def value(self, tree, scope):
         """The value of a tree; every step and every size is paid for."""
