@@ -268,17 +268,24 @@ static int tok_in_set(const tokenizer *t, int set, unsigned atom)
 
 /* ---- Lookups --------------------------------------------------------------------------------- */
 
-static uint64_t tok_hash(const uint8_t *s, size_t n)
+/* Here and in tok_slot 8 bytes, the most frequent size, have calls of their own: compilers make one
+   instruction of a known size. */
+static uint32_t tok_hash(const uint8_t *s, size_t n)
 {
     uint64_t h = n * 0x9e3779b97f4a7c15u;
-    for (size_t k; n; n -= k, s += k) {
+    while (n) {
         uint64_t x = 0;
-        k = n < 8 ? n : 8;
-        memcpy(&x, s, k);
+        size_t k = n < 8 ? n : 8;
+        if (k == 8)
+            memcpy(&x, s, 8);
+        else
+            memcpy(&x, s, k);
         h = (h ^ x) * 0xff51afd7ed558ccdu;
         h ^= h >> 32;
+        s += k;
+        n -= k;
     }
-    return h * 0xc4ceb9fe1a85ec53u >> 32;
+    return (uint32_t)(h * 0xc4ceb9fe1a85ec53u >> 32);
 }
 
 static const uint8_t *tok_key(const tok_table *table, uint32_t row, size_t *n)
@@ -296,14 +303,14 @@ static const uint8_t *tok_bytes(const tokenizer *t, int id, size_t *length)
    honest table makes it. */
 static uint32_t *tok_slot(const tok_table *table, const uint8_t *s, size_t n)
 {
-    uint32_t i = (uint32_t)tok_hash(s, n);
+    uint32_t i = tok_hash(s, n);
     for (int probes = 0; probes < TOK_PROBES; probes++, i++) {
         uint32_t *slot = &table->slots[i & table->mask];
         size_t length;
         if (!*slot)
             return slot;
         const uint8_t *key = tok_key(table, *slot - 1, &length);
-        if (length == n && !memcmp(key, s, n))
+        if (length == n && (n == 8 ? !memcmp(key, s, 8) : !memcmp(key, s, n)))
             return slot;
     }
     return NULL;
@@ -847,26 +854,31 @@ static void tok_match(tok_job *j, const tok_step *split, const uint8_t *text, si
                       size_t *begin, size_t *end)
 {
     const tokenizer *t = j->t;
-    tok_thread *lists[2] = { j->threads, j->threads + t->longest_code + 1 };
-    int found = 0, n_next = 0, moves = 0;
-    for (size_t at = from, length = 1; at <= n && !(found && !n_next); at += length, moves++) {
-        tok_thread *now = lists[moves & 1], *next = lists[~moves & 1];
+    const int32_t *code = split->args + 2;
+    tok_thread *next = j->threads, *now = next + t->longest_code + 1;
+    int32_t *stack = j->stack;
+    uint64_t *marks = j->marks, moment = j->moment;
+    int found = 0, n_next = 0;
+    for (size_t at = from, length = 1; at <= n && !(found && !n_next); at += length) {
+        tok_thread *swap = now;
+        now = next;
+        next = swap;
         unsigned atom = at < n ? t->atoms[tok_utf8_get(text + at, n - at, &length)] : 0; /* end */
         int n_now = n_next, cut = 0;
         if (!found) /* a match may begin here; later ones have less priority */
             now[n_now++] = (tok_thread){ 0, at };
-        j->moment++;
+        moment++;
         n_next = 0;
         for (int i = 0; i < n_now && !cut; i++) {
             int top = 0;
-            j->stack[top++] = now[i].pc;
+            stack[top++] = now[i].pc;
             while (top && !cut) { /* follow it, alternatives in order, to where it reads */
-                int32_t pc = j->stack[--top];
-                while (j->marks[pc] != j->moment) {
-                    const int32_t *c = split->args + 2 + 3 * pc;
-                    j->marks[pc] = j->moment;
+                int32_t pc = stack[--top];
+                while (marks[pc] != moment) {
+                    const int32_t *c = code + 3 * pc;
+                    marks[pc] = moment;
                     if (c[0] == OP_FORK) {
-                        j->stack[top++] = c[2];
+                        stack[top++] = c[2];
                         pc = c[1];
                     } else if (c[0] == OP_JUMP) {
                         pc = c[1];
@@ -883,6 +895,7 @@ static void tok_match(tok_job *j, const tok_step *split, const uint8_t *text, si
             }
         }
     }
+    j->moment = moment;
 }
 
 /* ---- NFC ------------------------------------------------------------------------------------- */
