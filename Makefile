@@ -16,8 +16,13 @@ OPENMP ?= $(shell printf '\43include <omp.h>\nint main(void){return omp_get_num_
 THREADS = $(if $(filter 1,$(OPENMP)),-fopenmp,-pthread)
 
 # No -march: the kernels for each instruction set are in there, and one is chosen at start.
-run: run.c tokenizer.c
+run: run.c tokenizer.c build/settings
 	$(CC) $(CFLAGS) -ffp-contract=off $(WARNINGS) -Wno-psabi -std=gnu11 $(THREADS) run.c -o run -lm -lpthread
+
+# Changes when the compiler or its options do, so that another CC builds again.
+build/settings: always
+	@mkdir -p build
+	@echo '$(CC) $(CFLAGS) $(THREADS)' | cmp -s - $@ || echo '$(CC) $(CFLAGS) $(THREADS)' > $@
 
 demo: run
 	./run models/stories260K.bin -i "Once upon a time" -n 0 -s 3
@@ -34,4 +39,6 @@ smollm2: run
 clean:
 	rm -rf run build
 
-.PHONY: demo test check smollm2 clean
+always:
+
+.PHONY: always demo test check smollm2 clean

@@ -512,6 +512,9 @@ static int container_parse(struct container *c, run_error *error)
     memcpy(&length, c->map, 8);
     if (!memcmp(c->map, "GGUF", 4))
         return fail(error, "this is a GGUF file; convert it with: python3 export.py FILE -o model.bin");
+    if (length > c->size - 8 && length <= 100000000 && c->size > 8 && c->map[8] == '{')
+        return fail(error, "the file is cut short: it has %zu bytes, but its header alone should have %llu", c->size,
+                    (unsigned long long)length);
     if (length > 100000000 || length > c->size - 8 || length < 2 || c->map[8] != '{')
         return fail(error, "this is not a model file (no safetensors header); "
                     "export.py makes one from llama2.c, GGUF and Hugging Face models");
@@ -795,7 +798,7 @@ static int config_read(struct config *c, struct container *file, run_error *erro
 
 enum type { F32, F16, BF16, Q4, Q4A, Q8, RAW, N_TYPES = RAW };
 
-static const char *const type_names[] = { "f32", "f16", "bf16", "q4", "q4a", "q8", "raw" };
+static const char *const type_names[] = { "f32", "f16", "bf16", "q4", "q4a", "q8", "raw blocks" };
 
 enum { STRIP = 16, GROUP = 32, BLOCK = 64 };
 enum { Q4_BLOCK = STRIP * BLOCK / 2 + 2 * STRIP * 2, Q4A_BLOCK = Q4_BLOCK + 2 * STRIP * 2,
@@ -3205,8 +3208,8 @@ static void pack_strip(struct packing *p, int strip, float *rows, unsigned char 
                 (p->type == Q4 ? fit_q4 : p->type == Q4A ? fit_q4a : fit_q8)(w, left < GROUP ? left : GROUP, &g);
         }
         place_group(out + (size_t)(group / 2) * matrix_bytes(p->type, STRIP, BLOCK), p->type, group % 2, &g);
-        for (int r = 0; r < STRIP; r++)
-            for (int i = 0; i < GROUP; i++) {
+        for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++)
+            for (int i = 0; i < GROUP && group * GROUP + i < m->cols; i++) {
                 double e = (double)w[i][r] - (double)fma_(g.q[i][r], g.d[r], g.m[r]);
                 p->error[strip] += e * e;
                 p->square[strip] += (double)w[i][r] * (double)w[i][r];
@@ -4697,8 +4700,11 @@ static double rate(int n, double time) { return n > 0 && time > 0 ? n / time : 0
 
 static void print_statistics(const struct output *o, const run_result *r)
 {
-    fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", o->prompt_tokens,
+    fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s", o->prompt_tokens,
             rate(o->prompt_tokens, o->prompt_seconds), r->tokens, rate(r->tokens, o->seconds));
+    if (o->options && o->options->sampling.temperature > 0)
+        fprintf(stderr, "; seed %llu", (unsigned long long)o->options->sampling.seed);
+    fprintf(stderr, "\n");
 }
 
 static void print_ids(struct text *t, const int *ids, int n)
@@ -4755,14 +4761,14 @@ static int mode_generate(const struct options *o, run_session *s, run_error *err
 {
     const run_model *m = s->model;
     struct text prompt = { 0 };
-    struct output out = { .options = o, .session = s, .live = !o->json };
+    struct output out = { .options = o, .session = s };
     run_result result;
     int *ids = NULL, failed = read_prompt(o, &prompt, error);
     int empty = !failed && !prompt.n && m->config.bos >= 0;
     int n = failed ? -1 : prompt_ids(m, &prompt, o->special, m->config.add_bos || empty, &ids, error);
     failed = n < 0 ? -1 : n == 0 ? fail(error, "the prompt is empty, and this model has no BOS token to begin with") : 0;
     if (!failed) {
-        if (out.live && !o->no_echo) {
+        if ((out.live = !o->json) && !o->no_echo) {
             fwrite(prompt.data, 1, prompt.n, stdout);
             fflush(stdout);
         }
@@ -4770,8 +4776,9 @@ static int mode_generate(const struct options *o, run_session *s, run_error *err
     }
     if (!failed && o->json)
         print_result(&out, ids, n, &result);
-    if (!failed && out.live && (!out.text.n || out.text.data[out.text.n - 1] != '\n'))
+    if (out.live && (failed || !out.text.n || out.text.data[out.text.n - 1] != '\n'))
         putchar('\n');
+    fflush(stdout);
     if (!failed && !o->json) {
         print_statistics(&out, &result);
         if (result.stop == RUN_CONTEXT)
@@ -4850,9 +4857,11 @@ static int converse(const struct options *o, run_session *s, struct chat *c, run
     struct output last = { 0 };
     struct options now = *o;
     run_result result = { 0 };
+    const char *letters = "abcdefghijklmnopqrstuvwxyz"; /* of a command; /etc/passwd is none */
     int person = isatty(0), failed = 0;
     if (person)
-        fprintf(stderr, "%s - /help lists the commands\n", run_text(s->model, "name") ? run_text(s->model, "name") : o->model);
+        fprintf(stderr, "%s - /help lists the commands (seed %llu)\n",
+                run_text(s->model, "name") ? run_text(s->model, "name") : o->model, (unsigned long long)o->sampling.seed);
     for (;;) {
         int opening = c->n && c->messages[0].role == SYSTEM, ask = 0;
         if (person)
@@ -4868,10 +4877,16 @@ static int converse(const struct options *o, run_session *s, struct chat *c, run
             fprintf(stderr, "context: %d of %d tokens\n", s->length, s->context);
         } else if (!strcmp(line.data, "/reset")) {
             chat_drop(c, opening);
+            fprintf(stderr, "(forgotten)\n");
+            if (run_rewind(s, 0, error))
+                failure(error);
         } else if (!strncmp(line.data, "/system", 7) && (line.data[7] == ' ' || !line.data[7])) {
             chat_drop(c, 0);
+            free(c->messages);
             if (chat_begin(c, s->model, line.data[7] ? line.data + 8 : NULL, error))
                 failure(error);
+            else
+                fprintf(stderr, "(forgotten; the system prompt is %s)\n", line.data[7] ? "set" : "the model's own");
         } else if (!strcmp(line.data, "/regen")) {
             if ((ask = c->n > opening + 1)) {
                 chat_drop(c, c->n - 1);
@@ -4879,7 +4894,7 @@ static int converse(const struct options *o, run_session *s, struct chat *c, run
             } else {
                 fprintf(stderr, "(there is no answer yet)\n");
             }
-        } else if (line.data[0] == '/' && strcspn(line.data + 1, "/ .") == line.n - 1) {
+        } else if (line.data[0] == '/' && line.data[1] && strcspn(line.data + 1, " ") == strspn(line.data + 1, letters)) {
             fprintf(stderr, "(no such command; /help lists them)\n");
         } else if (line.n) {
             if ((failed = chat_add(c, USER, line.data, line.n, error)))
@@ -5352,6 +5367,26 @@ static int mode_quantize(const struct options *o, run_error *error)
     return failed ? failure(error) : 0;
 }
 
+/* An option that the mode would ignore is a mistake. */
+static void check_options(const struct options *o, const char *mode)
+{
+    int chat = !strcmp(mode, "chat"), generate = !strcmp(mode, "generate"), quantize = !strcmp(mode, "quantize");
+    if (o->system && !chat)
+        wrong_usage("-y is for chat, and this is %s", mode);
+    if (o->output && !quantize)
+        wrong_usage("-o is for quantize, and this is %s", mode);
+    if (o->type && !quantize)
+        wrong_usage("--type is for quantize, and this is %s", mode);
+    if (o->verify && strcmp(mode, "info"))
+        wrong_usage("--verify is for info, and this is %s", mode);
+    if (o->no_echo && !generate)
+        wrong_usage("--no-echo is for generate, and this is %s", mode);
+    if (o->n_stops && !chat && !generate)
+        wrong_usage("--stop is for generate and chat, and this is %s", mode);
+    if (o->logprobs >= 0 && !o->json)
+        wrong_usage("--logprobs needs --json");
+}
+
 static int with_session(const struct options *o, const run_model *m, const char *mode, run_error *error)
 {
     run_options how = { o->context, o->threads, o->kv_f32 };
@@ -5372,6 +5407,8 @@ int main(int n, char **words)
 {
     struct options o = parse_options(n, words);
     run_error error = { "" };
+    if (o.mode)
+        check_options(&o, o.mode);
     if (o.mode && !strcmp(o.mode, "info"))
         return mode_info(&o, &error);
     if (o.mode && !strcmp(o.mode, "quantize"))
@@ -5380,13 +5417,12 @@ int main(int n, char **words)
     if (!m)
         return failure(&error);
     const char *mode = o.mode ? o.mode : run_text(m, "chat.user.before") && m->tokenizer ? "chat" : "generate";
+    check_options(&o, mode);
     int draws = !strcmp(mode, "chat") || !strcmp(mode, "generate");
     if (draws && !o.have_seed) {
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
         o.sampling.seed = ((uint64_t)now.tv_nsec ^ (uint64_t)now.tv_sec << 30 ^ (uint64_t)getpid() << 20) & 0x7fffffff;
-        if (o.sampling.temperature > 0 && !o.json)
-            fprintf(stderr, "seed %llu\n", (unsigned long long)o.sampling.seed);
     }
     if (draws) {
         struct sigaction action = { .sa_handler = on_interrupt }; /* without SA_RESTART: reading a line ends */

