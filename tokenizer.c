@@ -325,8 +325,8 @@ static int tok_find(const tok_table *table, const uint8_t *s, size_t n)
 
 static int tok_find_pair(const tok_table *table, int32_t left, int32_t right)
 {
-    int32_t pair[2] = { left, right };
-    return tok_find(table, (const uint8_t *)pair, sizeof pair);
+    uint64_t pair = (uint64_t)(uint32_t)right << 32 | (uint32_t)left; /* as it lies in the file */
+    return tok_find(table, (const uint8_t *)&pair, sizeof pair);
 }
 
 /* The token that merging may make and that spells these bytes; -1 if there is none. */
