@@ -108,7 +108,7 @@ int run_context(const run_session *session);
    the context is full, an id is out of range or an activation is not finite; the timeline is
    then as long as before. */
 int run_eval(run_session *session, const int *ids, int n, run_error *error);
-/* Forgets all tokens from `position` on. There are no logits until the next run_eval. */
+/* Forgets all tokens from `position` on. If there were any, there are no logits until the next run_eval. */
 int run_rewind(run_session *session, int position, run_error *error);
 /* [vocab] raw logits after the last run_eval; valid until the next call with this session. NULL
    if there are none. */
@@ -135,7 +135,8 @@ int run_sample(run_session *session, const run_sampling *sampling, run_error *er
 enum run_stop { RUN_LENGTH, RUN_EOS, RUN_STOPPED, RUN_CONTEXT, RUN_CANCELLED };
 
 /* Receives each token and the text that became whole with it (perhaps none; bytes, valid UTF-8
-   as far as the model's output is). A non-zero return ends the generation. */
+   as far as the model's output is); at the end, with id -1, text that waited for more. A non-zero
+   return ends the generation. */
 typedef int (*run_callback)(void *context, int id, const char *text, size_t length);
 
 typedef struct {
@@ -150,7 +151,7 @@ typedef struct {
 
 typedef struct {
     enum run_stop stop;
-    int tokens;     /* drawn and kept: the end token or the tail of a stop string not counted */
+    int tokens;     /* drawn, without the end token */
     int passes;     /* forward passes */
     int drafted, accepted;
 } run_result;
@@ -191,7 +192,9 @@ int run_generate(run_session *session, const run_generation *how, run_result *re
 #ifdef __clang__
 #pragma STDC FP_CONTRACT OFF
 #else
-#pragma GCC optimize("fp-contract=off,no-trapping-math") /* the latter only lets comparisons be vectors */
+#pragma GCC push_options /* until the end of this file */
+#pragma GCC optimize("fp-contract=off,no-unsafe-math-optimizations,no-associative-math,no-reciprocal-math")
+#pragma GCC optimize("no-trapping-math") /* which only lets comparisons be vectors */
 #endif
 
 #include <errno.h>
@@ -240,6 +243,9 @@ static int fail(run_error *error, const char *format, ...)
     va_start(arguments, format);
     vsnprintf(error->text, sizeof error->text, format, arguments);
     va_end(arguments);
+    for (char *c = error->text; *c; c++) /* names from a file may hold anything */
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            *c = '?';
     return -1;
 }
 
@@ -430,6 +436,8 @@ static int take_tensor(struct scanner *s, struct tensor *t, const unsigned char 
     int64_t offsets[2] = { -1, -1 };
     char *dtype = NULL;
     int have_shape = 0, have_offsets = 0;
+    if (strlen(t->name) > 200)
+        return fail(error, "a tensor's name has %zu bytes; %.40s...", strlen(t->name), t->name);
     if (!take(s, '{'))
         return fail(error, "the description of tensor %.100s is not a JSON object", t->name);
     do {
@@ -586,7 +594,7 @@ static void container_close(struct container *c)
 static int container_open(struct container *c, const char *path, run_error *error)
 {
     memset(c, 0, sizeof *c);
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (file < 0)
         return fail(error, "cannot open %.200s: %s", path, strerror(errno));
     struct stat status;
@@ -1064,7 +1072,6 @@ static int model_read(struct run_model *m, run_error *error)
     return (m->kernels = choose_kernels(error)) ? 0 : -1;
 }
 
-/* Opens the file without reading the model in it: for quantize and info. */
 run_model *run_open(const char *path, run_error *error)
 {
     struct run_model *m = calloc(1, sizeof *m);
@@ -1660,9 +1667,10 @@ static void announce(struct team *t, atomic_uint *word)
 static void barrier(struct team *t)
 {
     unsigned generation = atomic_load(&t->generation);
-    if (t->active == 1) {
+    int active = t->active; /* read before arriving: afterwards the next run may change it */
+    if (active == 1) {
         t->next = 0;
-    } else if (atomic_fetch_add(&t->arrived, 1) == t->active - 1) {
+    } else if (atomic_fetch_add(&t->arrived, 1) == active - 1) {
         atomic_store(&t->arrived, 0);
         atomic_store(&t->next, 0);
         announce(t, &t->generation);
@@ -2250,6 +2258,16 @@ static void feed_forward(struct pass *p, int layer, const struct input *in)
             }
 }
 
+static int not_finite(const float *x, int n)
+{
+    int32_t largest_bits = 0; /* floats without sign compare as integers */
+    for (int i = 0; i < n; i++) {
+        int32_t bits = (int32_t)(bits_of(x[i]) & 0x7fffffff);
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+    }
+    return largest_bits >= 0x7f800000;
+}
+
 /* For one key head and the query heads that share it: norms, rotation, and the keys and
    values into the cache. */
 static void rotate_and_store(struct pass *p, int layer, int head, int first, int end)
@@ -2271,6 +2289,9 @@ static void rotate_and_store(struct pass *p, int layer, int head, int first, int
         if (l->k_norm)
             kernels->rmsnorm(k, k, l->k_norm, hd, c->eps);
         kernels->rope(k, angles, pairs, c->rope_interleaved);
+
+        /* the cache rounds what is not finite to something that is */
+        note(p, not_finite(q, group * hd) || not_finite(k, hd) || not_finite(v, hd), layer, r);
 
         const run_session *s = p->rows[r].session;
         int block = p->rows[r].position / BLOCK, i = p->rows[r].position % BLOCK;
@@ -2446,6 +2467,10 @@ static void forward(void *context, int me)
         return;
     multiply(p, &(struct product){ &m->output, p->logits, (size_t)c->vocab, NULL, 0 }, 1, &p->last);  /* [wanted, vocab] */
     barrier(&p->team);
+    for (int j = me; j < p->wanted; j += p->team.active)
+        note(p, not_finite(p->logits + (size_t)j * (size_t)c->vocab, c->vocab), c->layers, p->wanted_rows[j]);
+    if (c->logit_scale != 1 || c->logit_cap > 0)
+        barrier(&p->team);
     for (size_t i = (size_t)me; (c->logit_scale != 1 || c->logit_cap > 0) && i < (size_t)p->wanted * (size_t)c->vocab;
          i += (size_t)p->team.active) {
         float x = p->logits[i] * c->logit_scale;
@@ -2476,7 +2501,7 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     if (p->bad) {
         int layer = (p->bad - 1) / CHUNK, position = p->rows[(p->bad - 1) % CHUNK].position;
         if (layer == p->model->config.layers)
-            return fail(error, "the last activation at position %d is not finite: the weights are damaged or too large", position);
+            return fail(error, "the last activation or a logit at position %d is not finite: the weights are damaged or too large", position);
         return fail(error, "an activation in layer %d at position %d is not finite: the weights are damaged or too large",
                     layer, position);
     }
@@ -2503,7 +2528,7 @@ static int eval(run_session *s, const int *ids, int n, int wanted, run_error *er
         for (int i = 0; i < chunk; i++)
             rows[i] = (struct row){ s, NULL, ids[done + i], s->length + i, done + i >= n - wanted };
         s->written = s->length + chunk > s->written ? s->length + chunk : s->written;
-        memcpy(s->tokens + s->length, ids + done, (size_t)chunk * sizeof *ids);
+        memmove(s->tokens + s->length, ids + done, (size_t)chunk * sizeof *ids); /* a rewind reads them from there */
         if (run_pass(s->pass, rows, chunk, error)) {
             run_error second;
             return rewind_to(s, length, &second), -1;
@@ -2624,7 +2649,7 @@ static int best_of(const float *logits, int n)
 /* Logits with the penalty on tokens that occurred lately (as in CTRL, Keskar et al. 2019). */
 static const float *penalize(run_session *s, const float *logits, float penalty)
 {
-    if (penalty == 1)
+    if (penalty == 1 || !(penalty > 0))
         return logits;
     int first = s->length > PENALTY_WINDOW ? s->length - PENALTY_WINDOW : 0;
     memcpy(s->candidates, logits, (size_t)s->model->config.vocab * sizeof *logits);
@@ -2788,7 +2813,7 @@ int run_generate(run_session *s, const run_generation *how, run_result *result, 
             break;
     }
     s->wanted = 0;
-    if (!failed && stop != 1 && how->callback) { /* what was held back in vain, and an unfinished character */
+    if (!failed && !stop && how->callback) { /* what was held back in vain, and an unfinished character */
         outlet.n += tokenizer_stream_end(&outlet.stream, outlet.held + outlet.n);
         if (outlet.n)
             how->callback(how->context, -1, outlet.held, outlet.n);
@@ -3255,6 +3280,14 @@ static void pack(void *context, int me)
 
 /* -- writing a model file -- */
 
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int number)
+{
+    (void)number;
+    interrupted = 1;
+}
+
 static uint32_t crc32_of(uint32_t crc, const unsigned char *data, size_t n)
 {
     uint32_t table[256]; /* reflected polynomial 0xedb88320, as in zlib and PNG */
@@ -3301,7 +3334,10 @@ static void text_print(struct text *t, const char *format, ...)
     va_start(arguments, format);
     int n = vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    text_add(t, line, n < (int)sizeof line ? (size_t)n : sizeof line - 1);
+    if (n < 0 || n >= (int)sizeof line)
+        t->broken = 1;
+    else
+        text_add(t, line, (size_t)n);
 }
 
 /* How many bytes the UTF-8 character at s has, or 0 if there is none. */
@@ -3381,10 +3417,21 @@ static int write_header(struct text *h, const struct container *c, struct planne
     for (int i = 0; i < n; i++) {
         struct matrix m = { 0 };
         run_error ignored;
-        if (plan[i].type >= Q4 && plan[i].type < RAW && matrix_describe(c, plan[i].tensor, &m, &ignored) == 0)
-            text_print(h, "%s\"packed.%s\":\"%s %d %d\"", comma++ ? "," : "", plan[i].tensor->name,
-                       type_names[plan[i].type], m.rows, m.cols);
-        text_print(h, "%s\"crc32.%s\":\"", comma++ ? "," : "", plan[i].tensor->name);
+        char key[300];
+        enum type type = plan[i].type;
+        if (type == RAW && find_packing(c, "packed.", plan[i].tensor->name) &&
+            matrix_describe(c, plan[i].tensor, &m, &ignored) == 0)
+            type = m.type;          /* copied as it is packed */
+        if (type >= Q4 && type < RAW && matrix_describe(c, plan[i].tensor, &m, &ignored) == 0) {
+            snprintf(key, sizeof key, "packed.%s", plan[i].tensor->name);
+            text_print(h, "%s", comma++ ? "," : "");
+            text_json(h, key, strlen(key));
+            text_print(h, ":\"%s %d %d\"", type_names[type], m.rows, m.cols);
+        }
+        snprintf(key, sizeof key, "crc32.%s", plan[i].tensor->name);
+        text_print(h, "%s", comma++ ? "," : "");
+        text_json(h, key, strlen(key));
+        text_print(h, ":\"");
         plan[i].crc_at = h->n;
         text_print(h, "00000000\"");
     }
@@ -3441,13 +3488,13 @@ static int write_matrix(FILE *file, struct packing *p, uint32_t *crc, run_error 
             size_t bytes = p->type >= Q4 ? (size_t)(p->end - p->first) * strip_bytes
                 : matrix_bytes(p->type, (p->end < total ? p->end * STRIP : m->rows) - p->first * STRIP, m->cols);
             *crc = crc32_of(*crc, p->out, bytes);
-            if (p->bad || fwrite(p->out, 1, bytes, file) != bytes)
+            if (p->bad || interrupted || fwrite(p->out, 1, bytes, file) != bytes)
                 break;
         }
         if (p->bad)
             fail(error, "tensor %.100s holds a weight in row %d that is not finite", name, p->bad - 1);
         else if (p->first < total)
-            fail(error, "cannot write: %s", strerror(errno));
+            fail(error, interrupted ? "interrupted%.0s" : "cannot write: %s", strerror(errno));
         else
             failed = 0;
     }
@@ -4177,14 +4224,6 @@ struct options {
     run_sampling sampling;
 };
 
-static volatile sig_atomic_t interrupted;
-
-static void on_interrupt(int signal)
-{
-    (void)signal;
-    interrupted = 1;
-}
-
 __attribute__((format(printf, 1, 2), noreturn))
 static void wrong_usage(const char *format, ...)
 {
@@ -4418,6 +4457,7 @@ struct message {
 
 struct chat {
     const run_model *model;
+    int trusted;                    /* --special: what is said may contain control tokens */
     struct message *messages;
     int n;
 };
@@ -4541,7 +4581,7 @@ static int render_chat(const struct chat *c, struct rendering *r)
         if (system && ((turns == 0 && !strcmp(place, "first")) || (i == c->n - 1 && !strcmp(place, "last"))))
             add_system(r, system);
         int said = r->n;
-        add_span(r, m->text, m->length, 0);
+        add_span(r, m->text, m->length, c->trusted && m->role == USER);
         trim_spans(r, said, m->role == USER ? "user" : "assistant");
         if (m->role == USER)
             trim_spans(r, begin, "turn");
@@ -4737,6 +4777,8 @@ static void print_result(const struct output *o, const int *ids, int n, const ru
     if (!t.broken)
         fwrite(t.data, 1, t.n, stdout);
     free(t.data);
+    if (!o->options->have_seed && o->options->sampling.temperature > 0)
+        fprintf(stderr, "seed %llu\n", (unsigned long long)o->options->sampling.seed);
 }
 
 static void output_close(struct output *o)
@@ -4887,6 +4929,7 @@ static int converse(const struct options *o, run_session *s, struct chat *c, run
                 failure(error);
             else
                 fprintf(stderr, "(forgotten; the system prompt is %s)\n", line.data[7] ? "set" : "the model's own");
+            c->trusted = o->special;
         } else if (!strcmp(line.data, "/regen")) {
             if ((ask = c->n > opening + 1)) {
                 chat_drop(c, c->n - 1);
@@ -4921,9 +4964,9 @@ static int mode_chat(const struct options *o, run_session *s, run_error *error)
     struct output last;
     run_result result = { 0 };
     int status = 0;
-    if (o->special)
-        wrong_usage("--special is for generate, perplexity and tokenize; what is said in a chat is never trusted");
-    if (chat_begin(&c, s->model, o->system, error)) {
+    int refused = chat_begin(&c, s->model, o->system, error);
+    c.trusted = o->special;
+    if (refused) {
         status = failure(error);
     } else if (!o->prompt && !o->prompt_file) {
         if (o->json)
@@ -4979,17 +5022,17 @@ static int mode_perplexity(const struct options *o, run_session *s, run_error *e
             }
         }
         if (isatty(2) && !o->json)
-            fprintf(stderr, "\r%d of %d tokens, perplexity %.4f ", at + inputs - bos, n, exp(scored ? nll / scored : 0));
+            fprintf(stderr, "\r%d of %d tokens, perplexity %.4f ", at + inputs - bos, n, exp_double(scored ? nll / scored : 0));
     }
     if (isatty(2) && !o->json && !failed)
         fprintf(stderr, "\r%60s\r", "");
     if (!failed && o->json) {
-        printf("{\"tokens\":%d,\"nll\":%.9g,\"perplexity\":%.9g", scored, nll / scored, exp(nll / scored));
+        printf("{\"tokens\":%d,\"nll\":%.9g,\"perplexity\":%.9g", scored, nll / scored, exp_double(nll / scored));
         if (o->logprobs >= 0)
             printf(",\"logprobs\":[%s]", logprobs.data ? logprobs.data : "");
         printf("}\n");
     } else if (!failed) {
-        printf("perplexity %.4f (%d tokens, %.6f nats each)\n", exp(nll / scored), scored, nll / scored);
+        printf("perplexity %.4f (%d tokens, %.6f nats each)\n", exp_double(nll / scored), scored, nll / scored);
     }
     free(text.data);
     free(logprobs.data);
@@ -5077,7 +5120,10 @@ static const char *tensor_type(const struct container *c, const struct tensor *t
     const char *packing = find_packing(c, "packed.", t->name);
     if (!packing)
         packing = find_packing(c, "ggml.", t->name);
-    snprintf(word, 24, "%.*s", packing ? (int)strcspn(packing, " ") : 8, packing ? packing : t->dtype);
+    snprintf(word, 24, "%.*s", packing ? (int)strcspn(packing, " \"\\") : 8, packing ? packing : t->dtype);
+    for (char *at = word; *at; at++)
+        if ((unsigned char)*at < 0x20 || (unsigned char)*at >= 0x7f)
+            *at = '?';
     return word;
 }
 
@@ -5105,8 +5151,12 @@ static int mode_info(const struct options *o, run_error *error)
     struct text t = { 0 };
     run_error why;
     char digits[17] = "", word[24];
-    if (container_open(&c, o->model, error) || (o->verify && verify(&c, error)))
+    if (container_open(&c, o->model, error))
         return failure(error);
+    if (o->verify && verify(&c, error)) {
+        container_close(&c);
+        return failure(error);
+    }
     run_model *m = run_open(o->model, &why);
     run_session *s = m ? run_session_open(m, &(run_options){ 64, o->threads, o->kv_f32 }, &why) : NULL;
     int unrun = !s || fingerprint(s, digits, &why);
@@ -5143,7 +5193,10 @@ static int mode_info(const struct options *o, run_error *error)
             text_json(&t, x->name, strlen(x->name));
             text_print(&t, ",\"type\":\"%s\",\"shape\":[", tensor_type(file, x, word));
         } else {
-            text_print(&t, "  %-36s %-8s ", x->name, tensor_type(file, x, word));
+            snprintf(why.text, 201, "%s", x->name);
+            for (char *ch = why.text; *ch; ch++)
+                *ch = (unsigned char)*ch < 0x20 || *ch == 0x7f ? '?' : *ch;
+            text_print(&t, "  %-36s %-8s ", why.text, tensor_type(file, x, word));
         }
         if (is_weight(x, file) && matrix_describe(file, x, &shape, error) == 0)
             text_print(&t, o->json ? "%d,%d" : "%d x %d", shape.rows, shape.cols);
@@ -5336,6 +5389,8 @@ static int mode_quantize(const struct options *o, run_error *error)
         failed = fail(error, "out of memory");
     else if (stat(o->model, &in) == 0 && stat(o->output, &out) == 0 && in.st_dev == out.st_dev && in.st_ino == out.st_ino)
         failed = fail(error, "%.200s is the file being read; write to another one", o->output);
+    else if (stat(o->output, &out) == 0 && !S_ISREG(out.st_mode))
+        failed = fail(error, "%.200s is not a file that could be replaced", o->output);
     else if (!find_text(&c, "run.c"))
         failed = fail(error, "%.200s is not a run.c model (its metadata lacks run.c = 1)", o->model);
     for (int i = 0; i < c.n_tensors && !failed; i++) {
@@ -5352,6 +5407,8 @@ static int mode_quantize(const struct options *o, run_error *error)
             break;
         p->type = planned_type(&source, t->name, o->type == 0, (enum type)(o->type - 1));
         p->size = matrix_bytes(p->type, source.m.rows, source.m.cols);
+        if (p->type == source.m.type && p->type >= Q4)
+            p->type = RAW;          /* as it is: a copy */
     }
     if (!failed)
         failed = write_model(o->output, &c, plan, n, o->threads ? o->threads : default_threads(), tally, error);
@@ -5407,8 +5464,14 @@ int main(int n, char **words)
 {
     struct options o = parse_options(n, words);
     run_error error = { "" };
+    struct sigaction action = { .sa_handler = on_interrupt }; /* without SA_RESTART: reading a line ends */
+    signal(SIGXFSZ, SIG_IGN); /* a full quota is an error of fwrite like any other */
     if (o.mode)
         check_options(&o, o.mode);
+    if (o.mode && !strcmp(o.mode, "quantize")) {
+        sigaction(SIGINT, &action, NULL);
+        sigaction(SIGTERM, &action, NULL);
+    }
     if (o.mode && !strcmp(o.mode, "info"))
         return mode_info(&o, &error);
     if (o.mode && !strcmp(o.mode, "quantize"))
@@ -5424,14 +5487,15 @@ int main(int n, char **words)
         clock_gettime(CLOCK_REALTIME, &now);
         o.sampling.seed = ((uint64_t)now.tv_nsec ^ (uint64_t)now.tv_sec << 30 ^ (uint64_t)getpid() << 20) & 0x7fffffff;
     }
-    if (draws) {
-        struct sigaction action = { .sa_handler = on_interrupt }; /* without SA_RESTART: reading a line ends */
+    if (draws)
         sigaction(SIGINT, &action, NULL);
-    }
     int status = !strcmp(mode, "tokenize") ? mode_tokenize(&o, m, &error) : with_session(&o, m, mode, &error);
     run_close(m);
     return status;
 }
 
 #endif /* RUN_LIBRARY */
+#ifndef __clang__
+#pragma GCC pop_options
+#endif
 #endif /* RUN_DECLARATIONS, RUN_KERNELS */
