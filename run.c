@@ -5193,10 +5193,9 @@ static int mode_info(const struct options *o, run_error *error)
             text_json(&t, x->name, strlen(x->name));
             text_print(&t, ",\"type\":\"%s\",\"shape\":[", tensor_type(file, x, word));
         } else {
-            snprintf(why.text, 201, "%s", x->name);
-            for (char *ch = why.text; *ch; ch++)
-                *ch = (unsigned char)*ch < 0x20 || *ch == 0x7f ? '?' : *ch;
-            text_print(&t, "  %-36s %-8s ", why.text, tensor_type(file, x, word));
+            run_error name;         /* without control characters */
+            fail(&name, "%s", x->name);
+            text_print(&t, "  %-36s %-8s ", name.text, tensor_type(file, x, word));
         }
         if (is_weight(x, file) && matrix_describe(file, x, &shape, error) == 0)
             text_print(&t, o->json ? "%d,%d" : "%d x %d", shape.rows, shape.cols);

@@ -574,6 +574,40 @@ static int parallel(const char *path)
     return 0;
 }
 
+#ifdef COPY_FILES
+/* Files are not mapped but read into memory of just their size, so that AddressSanitizer sees what
+   lies behind their ends. */
+void *__real_mmap(void *at, size_t n, int protection, int flags, int file, off_t offset);
+int __real_munmap(void *at, size_t n);
+void *__wrap_mmap(void *at, size_t n, int protection, int flags, int file, off_t offset);
+int __wrap_munmap(void *at, size_t n);
+static void *copies[8];
+
+void *__wrap_mmap(void *at, size_t n, int protection, int flags, int file, off_t offset)
+{
+    void *copy;
+    int i = 0;
+    if (file < 0)
+        return __real_mmap(at, n, protection, flags, file, offset);
+    while (i < 8 && copies[i])
+        i++;
+    if (i == 8 || posix_memalign(&copy, 4096, n) || pread(file, copy, n, offset) != (ssize_t)n)
+        return MAP_FAILED;
+    return copies[i] = copy;
+}
+
+int __wrap_munmap(void *at, size_t n)
+{
+    for (int i = 0; i < 8; i++)
+        if (copies[i] == at) {
+            free(at);
+            copies[i] = NULL;
+            return 0;
+        }
+    return __real_munmap(at, n);
+}
+#endif
+
 /* -- damaged files: opened and, where they open, used. Nothing may crash; what is refused is
    refused in a sentence. Standard output and error of the modes go nowhere. -- */
 

@@ -20,7 +20,7 @@ from common import write_safetensors
 OTHER = "gcc" if "clang" in os.path.basename(CC[0]) else "clang"
 WRAP = ["-DCOUNT_ALLOCATIONS", "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap"]
 SANITIZE = ["-O0", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow",
-            "-fno-sanitize-recover=all"]
+            "-fno-sanitize-recover=all", "-DCOPY_FILES", "-Wl,--wrap=mmap,--wrap=munmap"]
 QUIET = ["-Wno-psabi"]
 
 # Deliberate mistakes in a copy of run.c: what it is, a text that stands there exactly once, what becomes of
@@ -53,7 +53,7 @@ MISTAKES = [
      "if (sum > (mutant == M ? unit * unit : unit) * kept &&"),
     ("memory for every token", "int stop = find_stop(o, &ready);",
      "if (mutant == M) o->held = realloc(o->held, o->room);\n    int stop = find_stop(o, &ready);"),
-    ("trusted users", "add_span(r, m->text, m->length, 0);", "add_span(r, m->text, m->length, mutant == M);"),
+    ("trusted users", "add_span(r, m->text, m->length, c->trusted && m->role == USER);", "add_span(r, m->text, m->length, mutant == M);"),
     ("a temperature that multiplies", "sharpness = 1.0f / how->temperature;",
      "sharpness = mutant == M ? how->temperature : 1.0f / how->temperature;"),
 ]

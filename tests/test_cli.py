@@ -638,6 +638,10 @@ class Chat(unittest.TestCase):
         plain = json.loads(ok([self.model, "-m", "tokenize", "-i", texts[0], "--json"]).decode())["ids"]
         self.assertIn(511, trusted)
         self.assertNotIn(511, plain)
+        for special, count in (([], 2), (["--special"], 3)):
+            out = json.loads(ok([self.model, "-i", "a" + texts[0], "-y", texts[0], "-n", "1", "--json"]
+                                + special).decode())
+            self.assertEqual(out["prompt_ids"].count(511), count)
 
     def test_rendering_equals_the_exporter(self):
         """Stored templates of every kind, every stored conversation."""
