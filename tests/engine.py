@@ -53,7 +53,8 @@ MISTAKES = [
      "if (sum > (mutant == M ? unit * unit : unit) * kept &&"),
     ("memory for every token", "int stop = find_stop(o, &ready);",
      "if (mutant == M) o->held = realloc(o->held, o->room);\n    int stop = find_stop(o, &ready);"),
-    ("trusted users", "add_span(r, m->text, m->length, c->trusted && m->role == USER);", "add_span(r, m->text, m->length, mutant == M);"),
+    ("trusted users", "add_span(r, m->text, m->length, c->trusted && m->role == USER);",
+     "add_span(r, m->text, m->length, mutant == M);"),
     ("a temperature that multiplies", "sharpness = 1.0f / how->temperature;",
      "sharpness = mutant == M ? how->temperature : 1.0f / how->temperature;"),
 ]

@@ -564,10 +564,10 @@ class Arguments(unittest.TestCase):
         self.wrong(STORIES, "-m", "quantize", word="-o")
         self.wrong(STORIES, *["--stop", "x"] * 65, word="--stop")
         self.wrong(chat_model(), "--json", "-m", "chat", word="--json")
+        fits = {"generate": ("--no-echo", "--stop"), "info": ("--verify",), "quantize": ("-o", "--type")}
         for mode in ("generate", "tokenize", "info", "bench", "perplexity", "quantize"):
             for option in (["-y", "x"], ["-o", "x"], ["--type", "q8"], ["--verify"], ["--no-echo"],
                            ["--stop", "x"], ["--logprobs", "1"]):
-                fits = {"generate": ("--no-echo", "--stop"), "info": ("--verify",), "quantize": ("-o", "--type")}
                 if option[0] not in fits.get(mode, ()):
                     self.wrong(STORIES, "-m", mode, *option, word=option[0])
 
