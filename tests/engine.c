@@ -777,7 +777,7 @@ static int files(void)
         dprintf(2, "%s\n", path); /* a crash names its file */
         int failed = 0;
         for (int i = 0; i < 2; i++)
-            failed = try_file(path, 1, &error);
+            failed = try_file(path, i, &error);
         fprintf(report, "%s\n", failed ? error.text : "");
         fflush(report);
     }

@@ -103,10 +103,7 @@ def compiled(kind):
     cc = compiler(OTHER) if kind.startswith("other") else CC
     if not compiler(" ".join(CC)) or not cc:
         raise unittest.SkipTest("no %s" % (OTHER if kind.startswith("other") else CC[0]))
-    if kind in ("program", "other"):
-        threads = ["-fopenmp"] if has_openmp(cc) else ["-pthread"]
-    else:
-        threads = ["-pthread"]
+    threads = ["-fopenmp"] if kind == "other" and has_openmp(cc) else ["-pthread"]
     if kind == "sanitized" and compiler("clang"):
         cc = compiler("clang")          # compiles this three times as fast
     flags = {
@@ -134,17 +131,17 @@ def compiled(kind):
 
 class Builds:
     """One future for each kind, in the order in which the tests want them."""
-    kinds = ["plain", "sanitized", "program", "threads", "mistakes", "other", "other plain"]
+    kinds = ["sanitized", "plain", "mistakes", "threads", "other plain", "other"]
     futures, lock = None, threading.Lock()
 
 
 def program(kind="plain"):
     """The path of engine.c compiled in one of these ways:
 
-    program      with OpenMP if there is one   other        the same with the other compiler
-    plain        with POSIX threads            other plain  the same with the other compiler, unoptimised
-    sanitized    AddressSanitizer, UBSan       threads      ThreadSanitizer
-    mistakes     the copy that can be wrong"""
+    plain        POSIX threads, as with OPENMP=0     other        another compiler, OpenMP if it has it
+    mistakes     the copy that can be wrong          other plain  another compiler, POSIX threads, unoptimised
+    sanitized    AddressSanitizer, UBSan             threads      ThreadSanitizer
+    The program under test itself is what make built: optimised, with OpenMP if there is one."""
     with Builds.lock:
         if not Builds.futures:
             pool = concurrent.futures.ThreadPoolExecutor(2)

@@ -18,7 +18,7 @@ from common import STORIES, Safetensors, export, f32, fresh_folder, ok, run, scr
 from engine import chat_model, engine, program, works
 
 LIMIT = 20 * 1024
-FLIPS = 4000
+FLIPS = 3000
 DIM, HIDDEN, HEADS, KV, SIZE = 16, 24, 2, 1, 8
 TEMPLATE = ("{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content|trim }}<|im_end|>\n{% endfor %}"

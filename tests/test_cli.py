@@ -670,7 +670,7 @@ class Chat(unittest.TestCase):
 class Library(unittest.TestCase):
 
     def test_decoding_allocates_nothing(self):
-        for kind in ("plain", "program"):
+        for kind in ("plain", "other"):
             self.assertEqual(works(["allocate", STORIES], kind), b"decoding allocates nothing\n")
 
     def test_allocations_are_noticed(self):

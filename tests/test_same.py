@@ -123,9 +123,6 @@ class Outside(unittest.TestCase):
     def test_without_openmp(self):
         self.other_build("plain")
 
-    def test_with_openmp_if_there_is_one(self):
-        self.other_build("program")
-
     def test_other_compiler(self):
         self.other_build("other")
 
