@@ -201,6 +201,7 @@ int run_generate(run_session *session, const run_generation *how, run_result *re
 #include <fcntl.h>
 #include <float.h>
 #include <limits.h>
+#include <locale.h>
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
@@ -247,6 +248,26 @@ static int fail(run_error *error, const char *format, ...)
         if ((unsigned char)*c < 0x20 || *c == 0x7f)
             *c = '?';
     return -1;
+}
+
+/* Rounding to nearest, no flush to zero, whatever the host program has set; returns what it was. */
+#ifdef __x86_64__
+static const uint64_t plain_float_mode = 0x1f80;
+#else
+static const uint64_t plain_float_mode = 0;
+#endif
+
+static uint64_t set_float_mode(uint64_t mode)
+{
+    uint64_t before;
+#ifdef __x86_64__
+    before = _mm_getcsr();
+    _mm_setcsr((unsigned)mode);
+#else
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+#endif
+    return before;
 }
 
 struct tensor {
@@ -647,11 +668,14 @@ static int parse_integer(const char *text, int64_t low, int64_t high, int64_t *v
 
 static int parse_number(const char *text, double low, double high, double *value)
 {
-    char *end;
-    errno = 0;
-    if (!*text || !strchr("-.0123456789", *text) || strpbrk(text, "xXnN"))
+    char local[64], *end;
+    size_t n = strlen(text);
+    if (!n || n >= sizeof local || strspn(text, "+-.0123456789eE") != n)
         return -1;
-    double parsed = strtod(text, &end);
+    memcpy(local, text, n + 1);
+    for (char *dot; (dot = strchr(local, '.')) && *localeconv()->decimal_point != '.';)
+        *dot = *localeconv()->decimal_point; /* strtod expects the host's */
+    double parsed = strtod(local, &end);
     if (*end || !(parsed >= low && parsed <= high))
         return -1;
     *value = parsed;
@@ -992,6 +1016,7 @@ static const char *tokenizer_text(void *context, const char *key)
 
 static const struct kernels *choose_kernels(run_error *error);
 static void rope_frequencies(float *out, int pairs, float base);
+static int exact_arithmetic(void);
 
 static void model_close(struct run_model *m)
 {
@@ -1078,8 +1103,14 @@ run_model *run_open(const char *path, run_error *error)
     run_error inner;
     if (!m) {
         fail(error, "out of memory");
+    } else if (!exact_arithmetic()) {
+        fail(error, "run.c was compiled with options that change sums (-funsafe-math-optimizations?); "
+             "compile it without them");
     } else if (container_open(&m->file, path, error) == 0) {
-        if (model_read(m, &inner) == 0)
+        uint64_t mode = set_float_mode(plain_float_mode);
+        int failed = model_read(m, &inner);
+        set_float_mode(mode);
+        if (!failed)
             return m;
         fail(error, "%.100s: %.400s", path, inner.text);
     }
@@ -1164,6 +1195,13 @@ INLINE uint16_t to_half(float x)
 }
 
 INLINE float from_bf16(uint16_t b) { return from_bits((uint32_t)b << 16); }
+
+/* Rounds to nearest even and saturates, too. */
+static uint16_t to_bf16(float x)
+{
+    uint32_t rounded = bits_of(x) + 0x7fff + (bits_of(x) >> 16 & 1);
+    return (uint16_t)(((rounded & 0x7fffffff) >= 0x7f800000 ? rounded - 0x10000 : rounded) >> 16);
+}
 
 /* Round to the nearest even integer, |x| < 2^22: the sum has no bits left for a fraction. */
 INLINE float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
@@ -1276,6 +1314,13 @@ static void rope_frequencies(float *out, int pairs, float base)
         float exponent = (float)(2 * i) / (float)(2 * pairs);
         out[i] = 1.0f / (float)exp_double((double)exponent * log_double((double)base));
     }
+}
+
+/* Whether the compiler left sums as they are written. */
+static int exact_arithmetic(void)
+{
+    volatile float x = 2.5f;
+    return round_even(x) == 2;
 }
 
 /* -- the operations, plainly -- */
@@ -1689,26 +1734,6 @@ static int next_piece(struct team *t, int total, int grain, int *begin, int *end
     return 1;
 }
 
-/* Rounding to nearest, no flush to zero, whatever the host program has set. */
-static uint64_t set_float_mode(uint64_t mode)
-{
-    uint64_t before;
-#ifdef __x86_64__
-    before = _mm_getcsr();
-    _mm_setcsr((unsigned)mode);
-#else
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
-    __asm__ volatile("msr fpcr, %0" : : "r"(mode));
-#endif
-    return before;
-}
-
-#ifdef __x86_64__
-static const uint64_t plain_float_mode = 0x1f80;
-#else
-static const uint64_t plain_float_mode = 0;
-#endif
-
 static void work_plainly(struct team *t, int me)
 {
     uint64_t before = set_float_mode(plain_float_mode);
@@ -1892,7 +1917,8 @@ struct thread_space {                   /* what a thread has for itself */
 struct pass {
     const struct run_model *model;
     struct team team;
-    int n, wanted, alone;               /* alone: every thread prepares all rows, without a barrier */
+    int n, wanted, observed;
+    int alone;                          /* every thread prepares all rows, without a barrier */
     int n_tiles;
     struct row rows[CHUNK];
     struct { int first, end; } tiles[CHUNK]; /* at most TILE rows of one session */
@@ -2392,7 +2418,7 @@ static void add_normalized(struct pass *p, int me, int layer, const float *w)
 /* Hands rows to the sessions' observers. Costs one branch when there are none. */
 static void observe(struct pass *p, int me, const char *point, int layer, const float *values, size_t stride, int width)
 {
-    if (!p->rows[0].session->observer)
+    if (!p->observed)
         return;
     barrier(&p->team);
     for (int r = 0; me == 0 && r < p->n; r++) {
@@ -2485,12 +2511,13 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     p->alone = n <= ALONE;
     for (int i = 0; i < p->team.size; i++)
         p->threads[i].norm.n = p->threads[i].att.n = n;
-    p->wanted = p->n_tiles = 0;
+    p->wanted = p->n_tiles = p->observed = 0;
     p->bad = 0;
     memcpy(p->rows, rows, (size_t)n * sizeof *rows);
     for (int r = 0; r < n; r++) {
         if (rows[r].wanted)
             p->wanted_rows[p->wanted++] = r;
+        p->observed |= rows[r].session->observer != NULL;
         if (r == 0 || rows[r].session != rows[r - 1].session || r - p->tiles[p->n_tiles - 1].first == TILE)
             p->tiles[p->n_tiles++].first = r;
         p->tiles[p->n_tiles - 1].end = r + 1;
@@ -2660,8 +2687,7 @@ static const float *penalize(run_session *s, const float *logits, float penalty)
     return s->candidates;
 }
 
-/* The token that these logits and settings give at the session's present length. */
-static int sample(run_session *s, const float *logits, const run_sampling *how, run_error *error)
+static int draw(run_session *s, const float *logits, const run_sampling *how, run_error *error)
 {
     int vocab = s->model->config.vocab, *order = s->order;
     logits = penalize(s, logits, how->repeat_penalty);
@@ -2709,6 +2735,15 @@ static int sample(run_session *s, const float *logits, const run_sampling *how, 
         if (enough)
             return order[last];
     }
+}
+
+/* The token that these logits and settings give at the session's present length. */
+static int sample(run_session *s, const float *logits, const run_sampling *how, run_error *error)
+{
+    uint64_t mode = set_float_mode(plain_float_mode);
+    int id = draw(s, logits, how, error);
+    set_float_mode(mode);
+    return id;
 }
 
 int run_sample(run_session *s, const run_sampling *sampling, run_error *error)
@@ -3256,8 +3291,7 @@ static void convert_strip(struct packing *p, int strip, float *rows, unsigned ch
             if (p->type == F32) {
                 memcpy(out + 4 * at, &x, 4);
             } else {
-                uint32_t even = bits_of(x) + 0x7fff + (bits_of(x) >> 16 & 1);
-                uint16_t half = p->type == F16 ? to_half(x) : (uint16_t)(even >> 16);
+                uint16_t half = p->type == F16 ? to_half(x) : to_bf16(x);
                 memcpy(out + 2 * at, &half, 2);
                 back = p->type == F16 ? from_half(half) : from_bf16(half);
             }
@@ -4216,11 +4250,11 @@ static const char usage_text[] =
     "environment: RUN_ISA forces an instruction set (info shows them)\n";
 
 enum { MAX_STOPS = 64 };
+enum mode { GENERATE, CHAT, PERPLEXITY, TOKENIZE, INFO, BENCH, QUANTIZE };      /* as in mode_names */
 
 struct options {
-    const char *model, *mode, *prompt, *prompt_file, *system, *output, *stops[MAX_STOPS];
-    int n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft_max;
-    int have_seed;
+    const char *model, *prompt, *prompt_file, *system, *output, *seed, *stops[MAX_STOPS];
+    int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max;
     run_sampling sampling;
 };
 
@@ -4249,102 +4283,78 @@ static double seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static int64_t option_integer(const char *name, const char *text, int64_t low, int64_t high)
-{
-    int64_t value;
-    if (parse_integer(text, low, high, &value))
-        wrong_usage("%s takes a whole number from %lld to %lld, not \"%s\"", name, (long long)low, (long long)high, text);
-    return value;
-}
-
-static float option_number(const char *name, const char *text, double low, double high)
-{
-    double value;
-    if (parse_number(text, low, high, &value))
-        wrong_usage("%s takes a number from %g to %g, not \"%s\"", name, low, high, text);
-    return (float)value;
-}
-
-static int option_word(const char *name, const char *text, const char *const *words)
-{
-    for (int i = 0; words[i]; i++)
-        if (!strcmp(text, words[i]))
-            return i;
-    wrong_usage("%s does not take \"%s\"", name, text);
-}
-
 static const char *const mode_names[] = { "generate", "chat", "perplexity", "tokenize", "info", "bench", "quantize", NULL };
 static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q8", NULL };
+static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", NULL };
 
-/* An option without a value; 0 if it is none. */
-static int parse_flag(struct options *o, const char *name)
-{
-    if (!strcmp(name, "--special"))
-        o->special = 1;
-    else if (!strcmp(name, "--no-echo"))
-        o->no_echo = 1;
-    else if (!strcmp(name, "--json"))
-        o->json = 1;
-    else if (!strcmp(name, "--verify"))
-        o->verify = 1;
-    else
-        return 0;
-    return 1;
-}
+/* Every option but -h and --stop: where its value goes, and what values there are. */
+static const struct option {
+    const char *name;
+    enum { FLAG, TEXT, WORD, WHOLE, NUMBER } kind;
+    size_t place;                   /* in struct options: int, const char *, int, int, float */
+    double low, high;
+    const char *const *words;
+} all_options[] = {
+#define PLACE(field) offsetof(struct options, field)
+    { "-m", WORD, PLACE(mode), 0, 0, mode_names },
+    { "-i", TEXT, PLACE(prompt), 0, 0, NULL },
+    { "-f", TEXT, PLACE(prompt_file), 0, 0, NULL },
+    { "-y", TEXT, PLACE(system), 0, 0, NULL },
+    { "-n", WHOLE, PLACE(tokens), 0, INT_MAX, NULL },
+    { "--special", FLAG, PLACE(special), 0, 0, NULL },
+    { "--no-echo", FLAG, PLACE(no_echo), 0, 0, NULL },
+    { "-t", NUMBER, PLACE(sampling.temperature), 0, 1000, NULL },
+    { "-k", WHOLE, PLACE(sampling.top_k), 0, INT_MAX, NULL },
+    { "-p", NUMBER, PLACE(sampling.top_p), 0, 1, NULL },
+    { "--min-p", NUMBER, PLACE(sampling.min_p), 0, 1, NULL },
+    { "--repeat-penalty", NUMBER, PLACE(sampling.repeat_penalty), 0.01, 100, NULL },
+    { "-s", TEXT, PLACE(seed), 0, 0, NULL },
+    { "-c", WHOLE, PLACE(context), 1, 1 << 26, NULL },
+    { "-j", WHOLE, PLACE(threads), 1, 1024, NULL },
+    { "--kv", WORD, PLACE(kv_f32), 0, 0, cache_names },
+    { "--draft", WORD, PLACE(draft), 0, 0, draft_names },
+    { "--draft-max", WHOLE, PLACE(draft_max), 0, 64, NULL },
+    { "--json", FLAG, PLACE(json), 0, 0, NULL },
+    { "--logprobs", WHOLE, PLACE(logprobs), 0, INT_MAX, NULL },
+    { "--type", WORD, PLACE(type), 0, 0, target_names },
+    { "--verify", FLAG, PLACE(verify), 0, 0, NULL },
+    { "-o", TEXT, PLACE(output), 0, 0, NULL },
+#undef PLACE
+};
 
-static void parse_option(struct options *o, const char *name, const char *value)
+static void set_option(struct options *o, const struct option *option, const char *value)
 {
-    if (!strcmp(name, "-m"))
-        o->mode = mode_names[option_word(name, value, mode_names)];
-    else if (!strcmp(name, "-i"))
-        o->prompt = value;
-    else if (!strcmp(name, "-f"))
-        o->prompt_file = value;
-    else if (!strcmp(name, "-y"))
-        o->system = value;
-    else if (!strcmp(name, "-o"))
-        o->output = value;
-    else if (!strcmp(name, "-n"))
-        o->tokens = (int)option_integer(name, value, 0, INT_MAX);
-    else if (!strcmp(name, "-t"))
-        o->sampling.temperature = option_number(name, value, 0, 1000);
-    else if (!strcmp(name, "-p"))
-        o->sampling.top_p = option_number(name, value, 0, 1);
-    else if (!strcmp(name, "-k"))
-        o->sampling.top_k = (int)option_integer(name, value, 0, INT_MAX);
-    else if (!strcmp(name, "--min-p"))
-        o->sampling.min_p = option_number(name, value, 0, 1);
-    else if (!strcmp(name, "--repeat-penalty"))
-        o->sampling.repeat_penalty = option_number(name, value, 0.01, 100);
-    else if (!strcmp(name, "-s"))
-        o->sampling.seed = (uint64_t)option_integer(name, value, 0, INT64_MAX), o->have_seed = 1;
-    else if (!strcmp(name, "-c"))
-        o->context = (int)option_integer(name, value, 1, 1 << 26);
-    else if (!strcmp(name, "-j"))
-        o->threads = (int)option_integer(name, value, 1, 1024);
-    else if (!strcmp(name, "--kv"))
-        o->kv_f32 = option_word(name, value, (const char *const[]){ "f16", "f32", NULL });
-    else if (!strcmp(name, "--draft"))
-        option_word(name, value, (const char *const[]){ "auto", "off", NULL });
-    else if (!strcmp(name, "--draft-max"))
-        o->draft_max = (int)option_integer(name, value, 0, 64);
-    else if (!strcmp(name, "--logprobs"))
-        o->logprobs = (int)option_integer(name, value, 0, INT_MAX);
-    else if (!strcmp(name, "--type"))
-        o->type = option_word(name, value, target_names);
-    else if (!strcmp(name, "--stop") && !*value)
-        wrong_usage("--stop needs a text that is not empty");
-    else if (!strcmp(name, "--stop") && o->n_stops == MAX_STOPS)
-        wrong_usage("at most %d --stop texts", MAX_STOPS);
-    else if (!strcmp(name, "--stop"))
-        o->stops[o->n_stops++] = value;
-    else
-        wrong_usage("unknown option %s", name);
+    char *place = (char *)o + option->place;
+    int64_t whole = 1;
+    double number;
+    switch (option->kind) {
+    case TEXT:
+        memcpy(place, &value, sizeof value);
+        return;
+    case NUMBER:
+        if (parse_number(value, option->low, option->high, &number))
+            wrong_usage("%s takes a number from %g to %g, not \"%s\"", option->name, option->low, option->high, value);
+        memcpy(place, &(float){ (float)number }, sizeof(float));
+        return;
+    case WHOLE:
+        if (parse_integer(value, (int64_t)option->low, (int64_t)option->high, &whole))
+            wrong_usage("%s takes a whole number from %.0f to %.0f, not \"%s\"", option->name, option->low, option->high, value);
+        break;
+    case WORD:
+        for (whole = 0; option->words[whole] && strcmp(value, option->words[whole]); whole++)
+            ;
+        if (!option->words[whole])
+            wrong_usage("%s does not take \"%s\"", option->name, value);
+        break;
+    case FLAG:
+        break;
+    }
+    memcpy(place, &(int){ (int)whole }, sizeof(int));
 }
 
 static struct options parse_options(int n, char **words)
 {
-    struct options o = { .tokens = -1, .logprobs = -1, .draft_max = 8 };
+    struct options o = { .mode = -1, .tokens = -1, .logprobs = -1, .draft_max = 8 };
     o.sampling = (run_sampling){ .temperature = 0.8f, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1, .top_k = 40 };
     for (int i = 1; i < n; i++) {
         if (!strcmp(words[i], "-h") || !strcmp(words[i], "--help")) {
@@ -4355,20 +4365,30 @@ static struct options parse_options(int n, char **words)
             if (o.model)
                 wrong_usage("two model files: %s and %s", o.model, words[i]);
             o.model = words[i];
-        } else if (!parse_flag(&o, words[i])) {
-            static const char *const known[] = { "-m", "-i", "-f", "-y", "-o", "-n", "-t", "-p", "-k", "--min-p",
-                "--repeat-penalty", "-s", "-c", "-j", "--kv", "--draft", "--draft-max", "--logprobs", "--type", "--stop" };
-            int takes = 0;
-            for (size_t k = 0; k < sizeof known / sizeof *known; k++)
-                takes |= !strcmp(words[i], known[k]);
-            if (!takes)
-                wrong_usage("unknown option %s", words[i]);
-            if (i + 1 == n)
-                wrong_usage("%s needs a value", words[i]);
-            parse_option(&o, words[i], words[i + 1]);
-            i++;
+            continue;
         }
+        const struct option *option = all_options, *end = option + sizeof all_options / sizeof *all_options;
+        int stop = !strcmp(words[i], "--stop");
+        while (option < end && strcmp(words[i], option->name))
+            option++;
+        if (option == end && !stop)
+            wrong_usage("unknown option %s", words[i]);
+        const char *value = stop || option->kind != FLAG ? words[++i] : NULL; /* words[n] is NULL */
+        if (!value && (stop || option->kind != FLAG))
+            wrong_usage("%s needs a value", words[i - 1]);
+        if (!stop)
+            set_option(&o, option, value);
+        else if (!*value)
+            wrong_usage("--stop needs a text that is not empty");
+        else if (o.n_stops == MAX_STOPS)
+            wrong_usage("at most %d --stop texts", MAX_STOPS);
+        else
+            o.stops[o.n_stops++] = value;
     }
+    int64_t seed = 0;
+    if (o.seed && parse_integer(o.seed, 0, INT64_MAX, &seed))
+        wrong_usage("-s takes a whole number from 0 to %lld, not \"%s\"", (long long)INT64_MAX, o.seed);
+    o.sampling.seed = (uint64_t)seed;
     if (!o.model)
         wrong_usage("which model? for example: ./run models/stories260K.bin");
     if (o.prompt && o.prompt_file)
@@ -4624,6 +4644,9 @@ static void chat_drop(struct chat *c, int n)
 static int chat_begin(struct chat *c, const run_model *m, const char *system, run_error *error)
 {
     *c = (struct chat){ .model = m };
+    if (run_text(m, "chat.refused") && !run_text(m, "chat.user.before"))
+        return fail(error, "this model's chat template could not be exported (%.300s); use -m generate",
+                    run_text(m, "chat.refused"));
     if (!run_text(m, "chat.user.before") || !m->tokenizer)
         return fail(error, "this model file has no chat format; use -m generate");
     if (system && !*format_text(m, "chat.system.place"))
@@ -4747,6 +4770,16 @@ static void print_statistics(const struct output *o, const run_result *r)
     fprintf(stderr, "\n");
 }
 
+/* Prints what was put together, and frees it. */
+static int print_text(struct text *t, run_error *error)
+{
+    int failed = t->broken ? fail(error, "out of memory for the output") : 0;
+    if (!failed && t->n)
+        fwrite(t->data, 1, t->n, stdout);
+    free(t->data);
+    return failed;
+}
+
 static void print_ids(struct text *t, const int *ids, int n)
 {
     text_print(t, "[");
@@ -4755,7 +4788,7 @@ static void print_ids(struct text *t, const int *ids, int n)
     text_print(t, "]");
 }
 
-static void print_result(const struct output *o, const int *ids, int n, const run_result *r)
+static int print_result(const struct output *o, const int *ids, int n, const run_result *r, run_error *error)
 {
     static const char *const stops[] = { "length", "eos", "stop", "context", "cancelled" };
     struct text t = { 0 };
@@ -4774,11 +4807,9 @@ static void print_result(const struct output *o, const int *ids, int n, const ru
         text_print(&t, "]");
     }
     text_print(&t, "}\n");
-    if (!t.broken)
-        fwrite(t.data, 1, t.n, stdout);
-    free(t.data);
-    if (!o->options->have_seed && o->options->sampling.temperature > 0)
+    if (!o->options->seed && o->options->sampling.temperature > 0)
         fprintf(stderr, "seed %llu\n", (unsigned long long)o->options->sampling.seed);
+    return print_text(&t, error);
 }
 
 static void output_close(struct output *o)
@@ -4817,7 +4848,7 @@ static int mode_generate(const struct options *o, run_session *s, run_error *err
         failed = answer(&out, ids, n, o->tokens < 0 ? 256 : o->tokens, &result, error);
     }
     if (!failed && o->json)
-        print_result(&out, ids, n, &result);
+        failed = print_result(&out, ids, n, &result, error);
     if (out.live && (failed || !out.text.n || out.text.data[out.text.n - 1] != '\n'))
         putchar('\n');
     fflush(stdout);
@@ -4840,7 +4871,7 @@ static int chat_turn(struct chat *c, const struct options *o, run_session *s, st
     int *ids = NULL, n = chat_ids(c, &ids, error);
     int failed = n < 0 ? -1 : answer(&out, ids, n, o->tokens < 0 ? 0 : o->tokens, result, error);
     if (!failed && o->json)
-        print_result(&out, ids, n, result);
+        failed = print_result(&out, ids, n, result, error);
     if (!failed && !o->json) {
         putchar('\n');
         fflush(stdout);
@@ -5067,14 +5098,10 @@ static int mode_tokenize(const struct options *o, const run_model *m, run_error 
     }
     if (n >= 0 && o->json)
         text_print(&t, "]}\n");
-    if (t.broken)
-        n = fail(error, "out of memory");
-    if (n >= 0 && t.n)
-        fwrite(t.data, 1, t.n, stdout);
+    int failed = n < 0 ? -1 : print_text(&t, error);
     free(ids);
     free(text.data);
-    free(t.data);
-    return n < 0 ? failure(error) : finish_output();
+    return failed ? failure(error) : finish_output();
 }
 
 /* FNV-1a over the logits of 16 fixed tokens. */
@@ -5225,13 +5252,11 @@ static int mode_info(const struct options *o, run_error *error)
         text_print(&t, o->json ? "],\"threads\":%d" : "\nthreads       %d\n", s ? s->pass->team.size : 0);
     }
     text_print(&t, o->json ? ",\"fingerprint\":\"%s\"}\n" : "fingerprint   %s\n", digits);
-    if (!t.broken)
-        fwrite(t.data, 1, t.n, stdout);
-    free(t.data);
+    int failed = print_text(&t, error);
     run_session_close(s);
     run_close(m);
     container_close(&c);
-    int status = finish_output();
+    int status = failed ? failure(error) : finish_output();
     return unrun ? failure(&why) : status;
 }
 
@@ -5424,26 +5449,24 @@ static int mode_quantize(const struct options *o, run_error *error)
 }
 
 /* An option that the mode would ignore is a mistake. */
-static void check_options(const struct options *o, const char *mode)
+static void check_options(const struct options *o, enum mode mode)
 {
-    int chat = !strcmp(mode, "chat"), generate = !strcmp(mode, "generate"), quantize = !strcmp(mode, "quantize");
-    if (o->system && !chat)
-        wrong_usage("-y is for chat, and this is %s", mode);
-    if (o->output && !quantize)
-        wrong_usage("-o is for quantize, and this is %s", mode);
-    if (o->type && !quantize)
-        wrong_usage("--type is for quantize, and this is %s", mode);
-    if (o->verify && strcmp(mode, "info"))
-        wrong_usage("--verify is for info, and this is %s", mode);
-    if (o->no_echo && !generate)
-        wrong_usage("--no-echo is for generate, and this is %s", mode);
-    if (o->n_stops && !chat && !generate)
-        wrong_usage("--stop is for generate and chat, and this is %s", mode);
+    const struct { int given, fits; const char *name, *where; } rules[] = {
+        { o->system != NULL, mode == CHAT, "-y", "chat" },
+        { o->output != NULL, mode == QUANTIZE, "-o", "quantize" },
+        { o->type, mode == QUANTIZE, "--type", "quantize" },
+        { o->verify, mode == INFO, "--verify", "info" },
+        { o->no_echo, mode == GENERATE, "--no-echo", "generate" },
+        { o->n_stops, mode == GENERATE || mode == CHAT, "--stop", "generate and chat" },
+    };
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
+        if (rules[i].given && !rules[i].fits)
+            wrong_usage("%s is for %s, and this is %s", rules[i].name, rules[i].where, mode_names[mode]);
     if (o->logprobs >= 0 && !o->json)
         wrong_usage("--logprobs needs --json");
 }
 
-static int with_session(const struct options *o, const run_model *m, const char *mode, run_error *error)
+static int with_session(const struct options *o, const run_model *m, enum mode mode, run_error *error)
 {
     run_options how = { o->context, o->threads, o->kv_f32 };
     run_session *s = run_session_open(m, &how, error);
@@ -5451,10 +5474,8 @@ static int with_session(const struct options *o, const run_model *m, const char 
         return failure(error);
     if (o->context > m->config.context)
         fprintf(stderr, "run: a context of %d is more than the %d that this model was trained for\n", o->context, m->config.context);
-    int status = !strcmp(mode, "chat") ? mode_chat(o, s, error)
-               : !strcmp(mode, "perplexity") ? mode_perplexity(o, s, error)
-               : !strcmp(mode, "bench") ? mode_bench(o, s, error)
-               : mode_generate(o, s, error);
+    int status = (mode == CHAT ? mode_chat : mode == PERPLEXITY ? mode_perplexity : mode == BENCH ? mode_bench
+                                                                              : mode_generate)(o, s, error);
     run_session_close(s);
     return status;
 }
@@ -5465,30 +5486,28 @@ int main(int n, char **words)
     run_error error = { "" };
     struct sigaction action = { .sa_handler = on_interrupt }; /* without SA_RESTART: reading a line ends */
     signal(SIGXFSZ, SIG_IGN); /* a full quota is an error of fwrite like any other */
-    if (o.mode)
-        check_options(&o, o.mode);
-    if (o.mode && !strcmp(o.mode, "quantize")) {
+    if (o.mode >= 0)
+        check_options(&o, (enum mode)o.mode);
+    if (o.mode == QUANTIZE) {
         sigaction(SIGINT, &action, NULL);
         sigaction(SIGTERM, &action, NULL);
-    }
-    if (o.mode && !strcmp(o.mode, "info"))
-        return mode_info(&o, &error);
-    if (o.mode && !strcmp(o.mode, "quantize"))
         return mode_quantize(&o, &error);
+    }
+    if (o.mode == INFO)
+        return mode_info(&o, &error);
     run_model *m = run_open(o.model, &error);
     if (!m)
         return failure(&error);
-    const char *mode = o.mode ? o.mode : run_text(m, "chat.user.before") && m->tokenizer ? "chat" : "generate";
+    enum mode mode = o.mode >= 0 ? (enum mode)o.mode : run_text(m, "chat.user.before") && m->tokenizer ? CHAT : GENERATE;
     check_options(&o, mode);
-    int draws = !strcmp(mode, "chat") || !strcmp(mode, "generate");
-    if (draws && !o.have_seed) {
+    if (mode == CHAT || mode == GENERATE)
+        sigaction(SIGINT, &action, NULL);
+    if (!o.seed) {
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
         o.sampling.seed = ((uint64_t)now.tv_nsec ^ (uint64_t)now.tv_sec << 30 ^ (uint64_t)getpid() << 20) & 0x7fffffff;
     }
-    if (draws)
-        sigaction(SIGINT, &action, NULL);
-    int status = !strcmp(mode, "tokenize") ? mode_tokenize(&o, m, &error) : with_session(&o, m, mode, &error);
+    int status = mode == TOKENIZE ? mode_tokenize(&o, m, &error) : with_session(&o, m, mode, &error);
     run_close(m);
     return status;
 }
