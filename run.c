@@ -97,7 +97,7 @@ typedef struct {
 
 /* Starts an empty timeline. options may be NULL. */
 run_session *run_session_open(const run_model *model, const run_options *options, run_error *error);
-/* A second timeline with the same past. */
+/* A second timeline with the same past (and no observer). */
 run_session *run_session_fork(const run_session *session, run_error *error);
 void run_session_close(run_session *session);
 
@@ -1142,8 +1142,25 @@ const char *run_piece(const run_model *m, int id, size_t *length)
 
 /* == TRANSFORMER =============================================================================
 
-   First the arithmetic that everything shares, then one plain kernel for each operation: what
-   it computes, in the order the contract fixes. == SPEED has the same operations for vector
+   What it computes, for readers who know C. A token becomes a vector of `dim` numbers, a row of
+   the embedding matrix. Every layer adds something to that vector, which is therefore called the
+   residual stream; in the end its products with the rows of the output matrix, the logits, say
+   how well each token of the vocabulary would come next. A layer adds twice:
+
+   - attention fetches from earlier positions. Each head makes a query, a key and a value of the
+     (normalised) vector; the query's products with the keys of all positions so far become
+     weights by softmax (exp, divided by the sum), and the weighted sum of their values is what
+     the head found. Keys and values never change, so they are kept: the KV cache. Several query
+     heads may share one key/value head, which keeps the cache small. RoPE turns pairs of numbers
+     in queries and keys by angles proportional to the position, so that a product of the two
+     depends on how far apart they are;
+   - the feed-forward network looks at one position: three matrices, activation(gate . x) times
+     (up . x), back to the stream by `down`. With silu(x) = x / (1 + exp(-x)) it is called SwiGLU.
+
+   Before each, RMSNorm divides the vector by its root mean square and multiplies it by weights.
+
+   First comes the arithmetic that everything shares, then one plain kernel for each operation:
+   what it computes, in the order the contract fixes. == SPEED has the same operations for vector
    instructions; they must agree with these to the last bit.                                  */
 
 /* -- numbers -- */
@@ -2185,31 +2202,22 @@ static void rope_angles(struct pass *p, int me)
         }
 }
 
-/* A matrix operand from the residual stream: normalised, and as int8 too if the weights want it.
-   Few rows are prepared by every thread for itself. */
-static const struct input *normalize(struct pass *p, int me, int layer, const float *w)
+/* Makes `in` ready to be multiplied: the residual stream normalised with `norm` (NULL: what is in
+   there already), and as int8 too if the weights want it. Few rows are prepared by every thread for
+   itself, in `own`, which saves a barrier. */
+static const struct input *prepare(struct pass *p, int me, int layer, struct input *in, struct input *own, const float *norm)
 {
     const struct run_model *m = p->model;
-    struct input *in = p->alone ? &p->threads[me].norm : &p->norm;
+    in = p->alone ? own : in;
+    if (!norm && !m->has_packed)
+        return in;
     for (int r = p->alone ? 0 : me; r < p->n; r += p->alone ? 1 : p->team.active) {
-        note(p, m->kernels->rmsnorm(in->x + (size_t)r * in->stride, p->x + (size_t)r * (size_t)m->config.dim, w,
-                                    m->config.dim, m->config.eps), layer, r);
+        if (norm)
+            note(p, m->kernels->rmsnorm(in->x + (size_t)r * in->stride, p->x + (size_t)r * (size_t)m->config.dim, norm,
+                                        m->config.dim, m->config.eps), layer, r);
         if (m->has_packed)
             note(p, m->kernels->quantize(in, r, 0, 2 * (int)blocks(in->cols)), layer, r);
     }
-    if (!p->alone)
-        barrier(&p->team);
-    return in;
-}
-
-/* The same from the attention's output, which needs no norm. */
-static const struct input *attention_output(struct pass *p, int me, int layer)
-{
-    struct input *in = p->alone ? &p->threads[me].att : &p->att;
-    if (!p->model->has_packed)
-        return in;
-    for (int r = p->alone ? 0 : me; r < p->n; r += p->alone ? 1 : p->team.active)
-        note(p, p->model->kernels->quantize(in, r, 0, 2 * (int)blocks(in->cols)), layer, r);
     if (!p->alone)
         barrier(&p->team);
     return in;
@@ -2402,13 +2410,18 @@ static void attention(struct pass *p, int me, int layer)
     barrier(&p->team);
 }
 
-/* x += rmsnorm(branch), for layers that normalise what they add. */
-static void add_normalized(struct pass *p, int me, int layer, const float *w)
+/* x += in . w^T + bias, which some architectures normalise before they add it. */
+static void add_branch(struct pass *p, int me, int layer, const struct matrix *w, const float *bias, const float *norm,
+                       const struct input *in)
 {
     const struct config *c = &p->model->config;
+    multiply(p, &(struct product){ w, norm ? p->branch : p->x, (size_t)c->dim, bias, !norm }, 1, in);
+    barrier(&p->team);
+    if (!norm)
+        return;
     for (int r = me; r < p->n; r += p->team.active) {
         float *branch = p->branch + (size_t)r * (size_t)c->dim, *x = p->x + (size_t)r * (size_t)c->dim;
-        note(p, p->model->kernels->rmsnorm(branch, branch, w, c->dim, c->eps), layer, r);
+        note(p, p->model->kernels->rmsnorm(branch, branch, norm, c->dim, c->eps), layer, r);
         for (int i = 0; i < c->dim; i++)
             x[i] += branch[i];
     }
@@ -2437,6 +2450,7 @@ static void forward(void *context, int me)
     const struct run_model *m = p->model;
     const struct config *c = &m->config;
     size_t dim = (size_t)c->dim, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv * c->hd);
+    struct thread_space *own = &p->threads[me];
 
     embed(p, me);                                                      /* x [n, dim] */
     rope_angles(p, me);
@@ -2448,35 +2462,21 @@ static void forward(void *context, int me)
         const struct input *in;
 
         /* attention: x += o . attend(q, k, v) */
-        in = normalize(p, me, i, l->attn_norm);                        /* [n, dim] */
+        in = prepare(p, me, i, &p->norm, &own->norm, l->attn_norm);    /* [n, dim] */
         multiply(p, (struct product[]){ { &l->q, p->q, q, l->q_bias, 0 },    /* [n, heads hd] */
                                         { &l->k, p->k, kv, l->k_bias, 0 },   /* [n, kv hd] */
                                         { &l->v, p->v, kv, l->v_bias, 0 } }, /* [n, kv hd] */ 3, in);
         barrier(&p->team);
         attention(p, me, i);                                           /* att [n, heads hd] */
         observe(p, me, "attn", i, p->att.x, p->att.stride, (int)q);
-        in = attention_output(p, me, i);
-        if (l->post_attn_norm) {
-            multiply(p, &(struct product){ &l->o, p->branch, dim, l->o_bias, 0 }, 1, in);
-            barrier(&p->team);
-            add_normalized(p, me, i, l->post_attn_norm);
-        } else {
-            multiply(p, &(struct product){ &l->o, p->x, dim, l->o_bias, 1 }, 1, in);
-            barrier(&p->team);
-        }
+        in = prepare(p, me, i, &p->att, &own->att, NULL);
+        add_branch(p, me, i, &l->o, l->o_bias, l->post_attn_norm, in);
 
         /* feed forward: x += down . (act(gate . x) * (up . x)) */
-        in = normalize(p, me, i, l->ffn_norm);                         /* [n, dim] */
+        in = prepare(p, me, i, &p->norm, &own->norm, l->ffn_norm);     /* [n, dim] */
         feed_forward(p, i, in);                                        /* hid [n, hidden] */
         barrier(&p->team);
-        if (l->post_ffn_norm) {
-            multiply(p, &(struct product){ &l->down, p->branch, dim, l->down_bias, 0 }, 1, &p->hid);
-            barrier(&p->team);
-            add_normalized(p, me, i, l->post_ffn_norm);
-        } else {
-            multiply(p, &(struct product){ &l->down, p->x, dim, l->down_bias, 1 }, 1, &p->hid);
-            barrier(&p->team);
-        }
+        add_branch(p, me, i, &l->down, l->down_bias, l->post_ffn_norm, &p->hid);
         observe(p, me, "out", i, p->x, dim, c->dim);
     }
 
