@@ -2,6 +2,7 @@
 
 Everything that a test writes goes below BUILD, which git ignores. Standard library alone, Python 3.8+.
 """
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
 BUILD = os.path.join(ROOT, "build")
+SCRATCH = os.path.join(BUILD, "test")          # tests/test.py gives each of its processes another
 MODELS = os.path.join(ROOT, "models")
 RUN = os.environ.get("RUN", os.path.join(ROOT, "run"))  # the program under test
 CC = shlex.split(os.environ.get("CC", "cc"))
@@ -59,14 +61,14 @@ def export(args, **kw):
 
 
 def scratch(*names):
-    """A path below build/test; its folder exists afterwards."""
-    path = os.path.join(BUILD, "test", *names)
+    """A path in a folder of this process; its own folder exists afterwards."""
+    path = os.path.join(SCRATCH, *names)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     return path
 
 
 def fresh_folder(*names):
-    """An empty folder below build/test."""
+    """An empty folder in there."""
     path = scratch(*names)
     shutil.rmtree(path, ignore_errors=True)
     os.makedirs(path)
@@ -96,14 +98,16 @@ def build(name, sources, flags=(), cc=None):
     watched = list(sources)
     for folder in (ROOT, os.path.join(ROOT, "tests")):
         watched += [os.path.join(folder, f) for f in os.listdir(folder) if f.endswith((".c", ".h"))]
-    if os.path.exists(out) and os.path.getmtime(out) >= max(map(os.path.getmtime, watched)):
-        return out
-    temporary = "%s.tmp-%d" % (out, os.getpid())
-    p = subprocess.run(command + ["-o", temporary], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                       cwd=ROOT)
-    if p.returncode != 0:
-        raise AssertionError("%s\n%s" % (" ".join(command), p.stdout.decode("utf-8", "replace")))
-    os.replace(temporary, out)
+    with open(out + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)        # another process may be at it
+        if os.path.exists(out) and os.path.getmtime(out) >= max(map(os.path.getmtime, watched)):
+            return out
+        temporary = "%s.tmp-%d" % (out, os.getpid())
+        p = subprocess.run(command + ["-o", temporary], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           cwd=ROOT)
+        if p.returncode != 0:
+            raise AssertionError("%s\n%s" % (" ".join(command), p.stdout.decode("utf-8", "replace")))
+        os.replace(temporary, out)
     return out
 
 

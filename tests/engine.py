@@ -1,27 +1,21 @@
-"""What test_same, test_bad_input and test_cli share: builds of engine.c, made in the background; models.
-
-Compiling run.c takes seconds, so all builds begin when the first is asked for, two at a time.
-"""
-import concurrent.futures
+"""What test_same, test_bad_input and test_cli share: models, and builds of engine.c, made when wanted."""
+import functools
 import hashlib
 import json
 import os
 import re
 import shlex
-import shutil
 import struct
 import subprocess
-import threading
 import unittest
 
 from common import BUILD, CC, FIXTURES, ROOT, STORIES, Safetensors, build, compiler, export, ok, run, scratch
 from common import write_safetensors
 
-OTHER = "gcc" if "clang" in os.path.basename(CC[0]) else "clang"
+OTHER = ["gcc" if "clang" in os.path.basename(CC[0]) else "clang"]
 WRAP = ["-DCOUNT_ALLOCATIONS", "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap"]
 SANITIZE = ["-O0", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow",
             "-fno-sanitize-recover=all", "-DCOPY_FILES", "-Wl,--wrap=mmap,--wrap=munmap"]
-QUIET = ["-Wno-psabi"]
 
 # Deliberate mistakes in a copy of run.c: what it is, a text that stands there exactly once, what becomes of
 # it. The environment variable MUTANT chooses one: 1 + the place in this list, M below.
@@ -77,7 +71,7 @@ def mistake(word):
 
 
 def mistaken_source():
-    """A folder with a copy of run.c that can make any of the mistakes."""
+    """A copy of run.c that can make any of the mistakes."""
     text = run_c()
     text = text.replace("#ifndef RUN_KERNELS", "extern int mutant;\n#ifndef RUN_KERNELS", 1)
     for number, (_, there, instead) in enumerate(MISTAKES, 1):
@@ -85,10 +79,11 @@ def mistaken_source():
             text = text.replace(there, re.sub(r"\bM\b", str(number), instead))
     folder = os.path.join(BUILD, "mistakes-" + hashlib.sha256(text.encode()).hexdigest()[:10])
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "run.c"), "w") as f:
+    new, path = scratch("mistakes.c"), os.path.join(folder, "run.c")
+    with open(new, "w") as f:
         f.write(text)
-    shutil.copy2(os.path.join(ROOT, "tokenizer.c"), folder)
-    return folder
+    os.replace(new, path)               # whole at any time, for a process that compiles it
+    return path
 
 
 def has_openmp(cc):
@@ -99,42 +94,17 @@ def has_openmp(cc):
     return p.returncode == 0
 
 
-def compiled(kind):
-    cc = compiler(OTHER) if kind.startswith("other") else CC
-    if not compiler(" ".join(CC)) or not cc:
-        raise unittest.SkipTest("no %s" % (OTHER if kind.startswith("other") else CC[0]))
-    threads = ["-fopenmp"] if kind == "other" and has_openmp(cc) else ["-pthread"]
-    if kind == "sanitized" and compiler("clang"):
-        cc = compiler("clang")          # compiles this three times as fast
-    flags = {
-    "program": ["-O1"] + WRAP,
+FLAGS = {
     "plain": ["-O1"] + WRAP,
+    "mistakes": ["-O0"] + WRAP,
     "other": ["-O2"] + WRAP,
     "other plain": ["-O0"],
     "sanitized": SANITIZE,
-    "threads": [
-        "-O1",
-         "-fsanitize=thread"]}.get(kind)
-    if kind == "mistakes":
-        flags = ["-O0"] + WRAP + ['-DENGINE="%s"' % os.path.join(mistaken_source(), "run.c")]
-    return build(
-    "engine-" +
-    kind.replace(
-        " ",
-        "-"),
-        "tests/engine.c",
-        QUIET +
-        flags +
-        threads,
-         cc=shlex.join(cc))
+    "threads": ["-O1", "-fsanitize=thread"],
+}
 
 
-class Builds:
-    """One future for each kind, in the order in which the tests want them."""
-    kinds = ["sanitized", "plain", "mistakes", "threads", "other plain", "other"]
-    futures, lock = None, threading.Lock()
-
-
+@functools.lru_cache(None)
 def program(kind="plain"):
     """The path of engine.c compiled in one of these ways:
 
@@ -142,12 +112,17 @@ def program(kind="plain"):
     mistakes     the copy that can be wrong          other plain  another compiler, POSIX threads, unoptimised
     sanitized    AddressSanitizer, UBSan             threads      ThreadSanitizer
     The program under test itself is what make built: optimised, with OpenMP if there is one."""
-    with Builds.lock:
-        if not Builds.futures:
-            pool = concurrent.futures.ThreadPoolExecutor(2)
-            Builds.futures = {k: pool.submit(compiled, k) for k in Builds.kinds}
-            pool.shutdown(wait=False)
-    return Builds.futures[kind].result()
+    wanted = OTHER if kind.startswith("other") else CC
+    cc = compiler(wanted)
+    if not cc or not compiler():
+        raise unittest.SkipTest("no %s" % shlex.join(wanted))
+    if kind == "sanitized":
+        cc = compiler(["clang"]) or cc          # compiles this three times as fast
+    flags = FLAGS[kind] + ["-Wno-psabi"]
+    flags += ["-fopenmp"] if kind == "other" and has_openmp(cc) else ["-pthread"]
+    if kind == "mistakes":
+        flags.append('-DENGINE="%s"' % mistaken_source())
+    return build("engine-" + kind.replace(" ", "-"), "tests/engine.c", flags, cc)
 
 
 def engine(args, kind="plain", **kw):

@@ -1,11 +1,17 @@
 #!/usr/bin/env python3
-"""Runs the tests: python3 tests/test.py [AREA ...] [-v]
+"""Runs the tests: python3 tests/test.py [AREA ...]
 
 AREA is the middle of a file name, tests/test_AREA.py, or AREA.WORD for the tests in it whose name contains
-WORD. One line a test; details of what failed at the end; the last line is "N passed, N failed" (and ", N
-skipped", where a compiler or an instruction set is missing). Exit status 1 if anything failed.
+WORD. Two areas run at a time, each in a process of its own. One line a test; details of what failed at the
+end; the last line is "N passed, N failed" (and ", N skipped", where a compiler or an instruction set is
+missing). Exit status 1 if anything failed.
 """
+import io
+import multiprocessing
+import multiprocessing.connection
 import os
+import shutil
+import signal
 import sys
 import time
 import unittest
@@ -13,55 +19,86 @@ import unittest
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 sys.dont_write_bytecode = True
+import common
+
+WORKERS = 2
+LONGEST = ["tokenizer", "bad_input", "same", "export", "cli"]       # first, so that the workers end together
 
 
 class Result(unittest.TestResult):
-    """Prints one line a test; what a test prints itself is indented by the test."""
+    """Reports one line a test; what a test prints itself stands above its line, indented by the test.
 
-    def __init__(self):
+    report: called with "line" and a text, "passed", "skipped", "failed" and a pair (test, details)."""
+
+    def __init__(self, area, report):
         super().__init__()
-        self.passed, self.bad = 0, []
+        self.area, self.report, self.spoiled = area, report, False
+        self.began = time.time()        # so that the first test of a class includes its preparation
 
     def startTest(self, test):
         super().startTest(test)
-        self.started, self.spoiled = time.time(), False
+        self.spoiled = False
 
-    def line(self, test, word):
-        area = type(test).__module__.replace("test_", "", 1)
-        name = getattr(test, "_testMethodName", str(test))
-        seconds = time.time() - getattr(self, "started", time.time())
-        print("%-4s %-12s %-58s %6.2f s" % (word, area, name.replace("test_", "", 1), seconds), flush=True)
+    def line(self, word, test):
+        printed, now = sys.stdout.getvalue(), time.time()
+        sys.stdout.seek(0)
+        sys.stdout.truncate()
+        name = getattr(test, "_testMethodName", str(test)).replace("test_", "", 1)
+        self.report("line", "%s%-4s %-12s %-58s %6.2f s" % (printed, word, self.area, name, now - self.began))
+        self.began = now
 
     def addSuccess(self, test):
         if not self.spoiled:
-            self.passed += 1
-            self.line(test, "ok")
-
-    def fail(self, test, err):
-        if not self.spoiled:
-            self.line(test, "FAIL")
-        self.spoiled = True
-        text = self._exc_info_to_string(err, test)
-        self.bad.append((test, text))
-
-    def addFailure(self, test, err):
-        self.fail(test, err)
-
-    def addError(self, test, err):
-        self.fail(test, err)
-
-    def addSubTest(self, test, subtest, err):
-        if err is not None:
-            self.fail(test, (err[0], type(err[1])("%s\n%s" % (subtest.id().split(".")[-1], err[1])), err[2])
-                      if isinstance(err[1], AssertionError) else err)
+            self.line("ok", test)
+            self.report("passed", None)
 
     def addSkip(self, test, reason):
-        super().addSkip(test, reason)
-        self.line(test, "skip")
-        print("     %s" % reason, flush=True)
+        print("     %s" % reason)
+        self.line("skip", test)
+        self.report("skipped", None)
+
+    def addFailure(self, test, err):
+        if not self.spoiled:
+            self.line("FAIL", test)
+        self.spoiled = True
+        self.report("failed", (test.id(), self._exc_info_to_string(err, test).rstrip()))
+
+    addError = addFailure
+
+    def addSubTest(self, test, subtest, err):
+        if err is None:
+            return
+        if isinstance(err[1], AssertionError):
+            named = type(err[1])("%s\n%s" % (subtest.id().split(".")[-1], err[1]))
+            err = (err[0], named, err[2])
+        self.addFailure(test, err)
 
     def addUnexpectedSuccess(self, test):
-        self.fail(test, (AssertionError, AssertionError("unexpected success"), None))
+        self.addFailure(test, (AssertionError, AssertionError("unexpected success"), None))
+
+
+class Totals:
+    """What all areas came to, printed as it comes."""
+
+    def __init__(self):
+        self.passed, self.skipped, self.failed = 0, 0, []
+
+    def add(self, kind, value):
+        if kind == "line":
+            print(value, flush=True)
+        elif kind == "failed":
+            self.failed.append(value)
+        else:
+            setattr(self, kind, getattr(self, kind) + 1)
+
+    def finish(self, seconds):
+        for test, details in self.failed:
+            print("\n---- %s\n%s" % (test, details))
+        failed = len({test for test, _ in self.failed})
+        print("\n%.0f s" % seconds)
+        print("%d passed, %d failed%s" % (self.passed, failed,
+                                          ", %d skipped" % self.skipped if self.skipped else ""))
+        return 1 if failed or not self.passed else 0
 
 
 def cases(suite):
@@ -72,28 +109,88 @@ def cases(suite):
             yield each
 
 
+def run_area(area, words, report):
+    """The tests of an area whose names contain one of the words."""
+    found = cases(unittest.defaultTestLoader.loadTestsFromName("test_" + area))
+    suite = unittest.TestSuite(case for case in found if any(word in case.id() for word in words))
+    result, screen = Result(area, report), sys.stdout
+    sys.stdout = io.StringIO()
+    try:
+        suite.run(result)
+    finally:
+        sys.stdout = screen
+
+
+def worker(connection):
+    """Runs areas as they come through the connection, and answers each with None at its end."""
+    common.SCRATCH = os.path.join(common.BUILD, "test-%d" % os.getpid())
+    failed = []
+
+    def report(kind, value):
+        if kind == "failed":
+            failed.append(value)
+        connection.send((kind, value))
+    try:
+        for area, words in iter(connection.recv, None):
+            run_area(area, words, report)
+            connection.send(None)
+        if not failed:                  # else there is something to look at
+            shutil.rmtree(common.SCRATCH, ignore_errors=True)
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):
+        shutil.rmtree(common.SCRATCH, ignore_errors=True)
+        os._exit(1)
+
+
+def run_areas(waiting, totals):
+    """Hands [(area, words)] to the workers until none is left."""
+    fork, workers = multiprocessing.get_context("fork"), {}
+    for _ in range(min(WORKERS, len(waiting))):
+        here, there = fork.Pipe()
+        process = fork.Process(target=worker, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        workers[here] = [process, waiting[0][0]]
+        here.send(waiting.pop(0))
+    while workers:
+        for here in multiprocessing.connection.wait(list(workers)):
+            process, area = workers[here]
+            try:
+                message = here.recv()
+            except EOFError:
+                process.join()
+                totals.add("failed", ("test_" + area, "its process ended with %d" % process.exitcode))
+                del workers[here]
+                continue
+            if message:
+                totals.add(*message)
+                continue
+            here.send(waiting[0] if waiting else None)
+            if waiting:
+                workers[here][1] = waiting.pop(0)[0]
+            else:
+                process.join()
+                del workers[here]
+
+
 def main(argv):
     areas = sorted(f[5:-3] for f in os.listdir(HERE) if f.startswith("test_") and f.endswith(".py"))
-    wanted = [a.split(".", 1) for a in argv if not a.startswith("-")]
+    wanted = [argument.split(".", 1) for argument in argv]
     for each in wanted:
         if each[0] not in areas:
             sys.exit("test.py: no area %s; there are: %s" % (each[0], " ".join(areas)))
-    suite = unittest.TestSuite()
-    for area in areas:
-        words = [w[1] if len(w) > 1 else "" for w in wanted if w[0] == area]
-        if words or not wanted:
-            for case in cases(unittest.defaultTestLoader.loadTestsFromName("test_" + area)):
-                if any(w in case.id() for w in words or [""]):
-                    suite.addTest(case)
-    began, result = time.time(), Result()
-    suite.run(result)
-    for test, text in result.bad:
-        print("\n---- %s\n%s" % (test.id(), text.rstrip()))
-    failed = len({test.id() for test, _ in result.bad})
-    print("\n%.0f s" % (time.time() - began))
-    print("%d passed, %d failed%s" % (result.passed, failed, ", %d skipped" % len(result.skipped)
-                                      if result.skipped else ""))
-    return 1 if failed or not result.passed else 0
+    areas.sort(key=lambda area: LONGEST.index(area) if area in LONGEST else len(LONGEST))
+    words = {area: [(w + [""])[1] for w in wanted if w[0] == area] if wanted else [""] for area in areas}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
+    began, totals = time.time(), Totals()
+    try:
+        run_areas([(area, words[area]) for area in areas if words[area]], totals)
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join()
+        print("interrupted")
+        return 130
+    return totals.finish(time.time() - began)
 
 
 if __name__ == "__main__":

@@ -65,10 +65,9 @@ class Inside(unittest.TestCase):
                 self.check(["rewinds", model, seed, 5], "same after rewinds")
 
     def test_rows_of_several_sessions(self):
-        for model in (
-    small_model("mistral"), small_model("qwen2"), quantized(
-        small_model("llama_odd"), "q4a"), quantized(
-            small_model("llama_odd"), "q8")):
+        odd = small_model("llama_odd")
+        for model in (small_model("mistral"), small_model("qwen2"), quantized(odd, "q4a"),
+                      quantized(odd, "q8")):
             for seed in (1, 2):
                 self.check(["rows", model, seed], "same with rows")
 
@@ -157,15 +156,11 @@ class Mistakes(unittest.TestCase):
             self.skipTest("this machine has no vector instructions that run.c uses")
         self.noticed_outside("vector sums", small_model("llama2"), isas()[0])
 
-    def test_a_text_from_a_wrong_kernel(self):
-        """With sampling, soon."""
-        args = ["run", STORIES, "-i", PROMPT, "-t", "1", "-s", "1", "-n", "1", "-m", "info", "--json"]
-        right = works(args, "mistakes", env={"RUN_ISA": "scalar", "MUTANT": "0"})
-        wrong = works(args, "mistakes", env={"RUN_ISA": "scalar", "MUTANT": mistake("float sums")})
-        self.assertNotEqual(
-    json.loads(
-        right.decode())["fingerprint"], json.loads(
-            wrong.decode())["fingerprint"])
+    def test_a_fingerprint_from_a_wrong_kernel(self):
+        args = ["run", STORIES, "-m", "info", "--json"]
+        right, wrong = [json.loads(works(args, "mistakes", env={"RUN_ISA": "scalar", "MUTANT": m}).decode())
+                        for m in ("0", mistake("float sums"))]
+        self.assertNotEqual(right["fingerprint"], wrong["fingerprint"])
 
     def test_rounding_that_depends_on_the_batch(self):
         model = quantized(small_model("llama_odd"), "q8")
@@ -179,9 +174,8 @@ class Mistakes(unittest.TestCase):
         self.noticed_inside("depend on the threads", ["same", small_model("llama2")], "3 threads")
 
     def test_rewinds_that_forget(self):
-        self.noticed_inside(
-    "overwritten slots", [
-        "rewinds", small_model("mistral"), "2", "-1"], "than a fresh session")
+        self.noticed_inside("overwritten slots", ["rewinds", small_model("mistral"), "2", "-1"],
+                            "than a fresh session")
 
 
 if __name__ == "__main__":
