@@ -100,7 +100,7 @@ FLAGS = {
     "other": ["-O2"] + WRAP,
     "other plain": ["-O0"],
     "sanitized": SANITIZE,
-    "threads": ["-O1", "-fsanitize=thread"],
+    "threads": ["-O0", "-fsanitize=thread"],
 }
 
 

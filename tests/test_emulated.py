@@ -6,7 +6,7 @@ import platform
 import shutil
 import unittest
 
-from common import CC, ROOT, STORIES, ok, run, scratch
+from common import CC, ROOT, STORIES, ok, scratch
 from engine import isas
 
 # Inside of a target: clang passes vectors only between functions that both have their registers.
@@ -58,6 +58,8 @@ TARGET_END
 
 """
 
+KINDS = ("f32", "f16", "bf16", "q4", "q4a", "q8")
+
 # What stands in run.c exactly once, and what becomes of it.
 CHANGES = [
     ('"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"', '"avx2,fma,f16c"'),
@@ -99,34 +101,27 @@ class Emulated(unittest.TestCase):
         if "avx2" not in isas():
             raise unittest.SkipTest("this machine has no AVX2")
         cls.program = scratch("emulated", "run")
-        ok(["-O1", "-std=gnu11", "-w", emulating_source(), "-o", cls.program, "-lm", "-lpthread"], program=CC)
+        ok(["-O0", "-std=gnu11", "-w", emulating_source(), "-o", cls.program, "-lm", "-lpthread"], program=CC)
+        for kind in KINDS:
+            ok([STORIES, "-m", "quantize", "--type", kind, "-o", scratch("emulated", kind + ".bin")])
+        cls.right = {kind: cls.fingerprint(kind, "scalar") for kind in KINDS}
 
-    def quantized(self, kind):
-        path = scratch("emulated", kind + ".bin")
-        ok([STORIES, "-m", "quantize", "--type", kind, "-o", path])
-        return path
-
-    def fingerprint(self, model, isa, mistake=0):
-        p = run([model, "-m", "info", "--json"], program=self.program,
-                env={"RUN_ISA": isa, "EMULATED_MISTAKE": mistake})
-        self.assertEqual(p.returncode, 0, p.stderr)
-        info = json.loads(p.stdout.decode())
-        self.assertEqual(info["isa"], isa)
+    @classmethod
+    def fingerprint(cls, kind, isa, mistake=0):
+        info = json.loads(ok([scratch("emulated", kind + ".bin"), "-m", "info", "--json"], program=cls.program,
+                             env={"RUN_ISA": isa, "EMULATED_MISTAKE": mistake}).decode())
+        assert info["isa"] == isa, info["isa"]
         return info["fingerprint"]
 
     def test_every_type(self):
-        for kind in ("f32", "f16", "bf16", "q4", "q4a", "q8"):
-            model = self.quantized(kind)
-            wanted = self.fingerprint(model, "scalar")
+        for kind in KINDS:
             for isa in ("avx512vnni", "avxvnni"):
-                self.assertEqual(self.fingerprint(model, isa), wanted, (kind, isa))
+                self.assertEqual(self.fingerprint(kind, isa), self.right[kind], (kind, isa))
 
     def test_a_wrong_product_is_noticed(self):
         for kind in ("q4", "q4a", "q8"):
-            model = self.quantized(kind)
             for isa, lanes in (("avx512vnni", 16), ("avxvnni", 8)):
-                right = self.fingerprint(model, isa)
-                self.assertNotEqual(self.fingerprint(model, isa, mistake=lanes), right, (kind, isa))
+                self.assertNotEqual(self.fingerprint(kind, isa, lanes), self.right[kind], (kind, isa))
 
 
 if __name__ == "__main__":
