@@ -32,12 +32,8 @@ class Result(unittest.TestResult):
 
     def __init__(self, area, report):
         super().__init__()
-        self.area, self.report, self.spoiled = area, report, False
+        self.area, self.report, self.spoiled = area, report, None
         self.began = time.time()        # so that the first test of a class includes its preparation
-
-    def startTest(self, test):
-        super().startTest(test)
-        self.spoiled = False
 
     def line(self, word, test):
         printed, now = sys.stdout.getvalue(), time.time()
@@ -48,7 +44,7 @@ class Result(unittest.TestResult):
         self.began = now
 
     def addSuccess(self, test):
-        if not self.spoiled:
+        if self.spoiled is not test:    # else one of its parts has failed
             self.line("ok", test)
             self.report("passed", None)
 
@@ -58,9 +54,9 @@ class Result(unittest.TestResult):
         self.report("skipped", None)
 
     def addFailure(self, test, err):
-        if not self.spoiled:
+        if self.spoiled is not test:
             self.line("FAIL", test)
-        self.spoiled = True
+        self.spoiled = test
         self.report("failed", (test.id(), self._exc_info_to_string(err, test).rstrip()))
 
     addError = addFailure
@@ -170,6 +166,8 @@ def run_areas(waiting, totals):
             else:
                 process.join()
                 del workers[here]
+    for area, _ in waiting:
+        totals.add("failed", ("test_" + area, "no process was left to run it"))
 
 
 def main(argv):
