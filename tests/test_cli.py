@@ -313,7 +313,7 @@ class Modes(unittest.TestCase):
         self.assertEqual(run([path, "-m", "info"]).returncode, 0)
 
     def test_bench(self):
-        out = json.loads(ok([STORIES, "-m", "bench", "--json", "-c", "40"]).decode())
+        out = json.loads(ok([STORIES, "-m", "bench", "--json", "-c", "40", "-j", "1"]).decode())
         for key, kind in (("decode", dict), ("prompt", dict), ("c", dict), ("read_gb_s", (int, float)),
                           ("bytes_per_token", int), ("isa", str), ("threads", int), ("fingerprint", str)):
             self.assertIsInstance(out[key], kind, key)
