@@ -360,6 +360,9 @@ HARMLESS = (
     r"task_specific_params|model_max_length|gradient_checkpointing|unsloth_(version|fixed)|num_beams|"
     r"num_beam_groups|num_return_sequences|max_length|min_length|do_sample|temperature|top_[kp]|typical_p)$")
 ROPE_HARMLESS = r"(finetuned|original_max_position_embeddings|attention_factor|beta_fast|beta_slow)$"
+ROPE_RULES = "default linear dynamic llama3 yarn longrope su factors".split()
+GGUF_ROPE_TENSORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor",
+                     "rope_freqs.weight": "factors"}    # the last one wins
 GGUF_HARMLESS = (r"(tensor_data_layout|attention\.(causal|value_length|layer_norm_epsilon)|"
                  r"rope\.scaling\.finetuned|expert_used_count)$")
 HF_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -421,16 +424,36 @@ def collect(model, tensors, biases, qk_norm, tied, rename=str):
     model.unused = tensors
 
 
-def scaled_rope(rule, f, freqs, base, context):
+def scaled_rope(model, rule, f, freqs, base):
     """A rule of RoPE scaling, f its fields: the new frequencies and the factor on attention."""
     def number(key, default=None):
         return f.take(key, float, default, 1e-6, 1e9)
 
-    check(rule in ("linear", "llama3", "yarn"), f.what, "rule %s; known: default linear llama3 yarn", rule)
+    def divided(divisors):
+        check(len(divisors) == len(freqs) and all(type(d) in (int, float) and 1e-6 <= d <= 1e9
+              for d in divisors), f.what, "%d RoPE factors are needed, from 1e-6 to 1e9", len(freqs))
+        return [x / d for x, d in zip(freqs, divisors)]
+
+    check(rule in ROPE_RULES, f.what, "rule %s; known: %s", rule, " ".join(ROPE_RULES))
+    context = float(model.meta["context_length"])
+    if rule == "factors":                               # GGUF's form of llama3: the divisors themselves
+        return divided(f.take("factors", list)), 1.0
     if rule == "linear":
-        by = number("factor")
-        return [x / by for x in freqs], 1.0
-    old = number("original_max_position_embeddings", float(context))
+        return divided([number("factor")] * len(freqs)), 1.0
+    if rule == "dynamic":                               # begins to scale beyond the context of the model
+        number("factor")
+        return freqs, 1.0
+    old = number("original_max_position_embeddings", context)
+    if rule in ("longrope", "su"):
+        # Texts up to the original context have divisors of their own; transformers changes over when a text
+        # grows longer. A file has one table: that of the longest text which fits its context.
+        short, long = f.take("short_factor", list), f.take("long_factor", list)
+        by = number("factor", context / old)
+        more = (model.options.context or context) > old
+        model.notes.append("LongRoPE: the factors for %s" % (
+            "texts of more than %d positions; the others: --context %d" % (old, old) if more else "short texts"))
+        return divided(long if more else short), number(
+            "attention_factor", math.sqrt(1 + math.log(by) / math.log(old)) if by > 1 and old > 1 else 1.0)
     if rule == "llama3":
         by, low, high = number("factor"), number("low_freq_factor"), number("high_freq_factor")
         check(high > low, f.what, "high_freq_factor must be above low_freq_factor")
@@ -446,18 +469,16 @@ def scaled_rope(rule, f, freqs, base, context):
             number("attention_factor", 1 + 0.1 * math.log(max(by, 1))))
 
 
-def rope(model, rule, scaling, base, dims, divisors=()):
-    """Writes the RoPE metadata. scaling: Fields of the rule; divisors: of the frequencies (GGUF)."""
+def rope(model, rule, scaling, base, dims):
+    """Writes the RoPE metadata. scaling: Fields of the rule."""
     check(dims >= 2 and dims % 2 == 0, scaling.what, "%d rotated dimensions; an even number is needed", dims)
     model.meta.update({"rope.base": repr(base), "rope.dims": dims})
     freqs, attention = [base ** (-2.0 * i / dims) for i in range(dims // 2)], 1.0
-    if divisors:
-        freqs = [x / by for x, by in zip(freqs, divisors)]
     if rule != "default":
-        freqs, attention = scaled_rope(rule, scaling, freqs, base, model.meta["context_length"])
+        freqs, attention = scaled_rope(model, rule, scaling, freqs, base)
     if attention != 1:
         model.meta["rope.attention_factor"] = repr(attention)
-    if divisors or rule != "default":
+    if rule not in ("default", "dynamic"):
         data = struct.pack("<%df" % len(freqs), *freqs)
         model.tensors.append(Tensor("rope.freqs", "F32", (len(freqs),), data=data))
 
@@ -490,6 +511,8 @@ def model_from_config(model, config, tensors):
     m["activation"] = ACTIVATIONS[f.one_of("hidden_act", ACTIVATIONS, "silu")]
 
     inner = f.take("rope_parameters", dict, f.take("rope_scaling", dict, {}))
+    if f.get("original_max_position_embeddings") is not None:       # before the one in the rule
+        inner["original_max_position_embeddings"] = f.get("original_max_position_embeddings")
     scaling = Fields("config.json: rope_scaling", inner)
     rule = scaling.take("rope_type", str, scaling.take("type", str, "default"))
 
@@ -539,19 +562,23 @@ def model_from_gguf(model, pairs, tensors):
         m["window"] = window
 
     # The same scaling rules as Hugging Face's, under other names; 0 counts as absent.
-    rule = g.one_of("rope.scaling.type", ("none", "linear", "yarn"), "linear")
+    rule = g.one_of("rope.scaling.type", ("none", "linear", "yarn", "longrope"), "linear")
     factor = g.take("rope.scaling.factor", float, 0.0) or None
+    rule = "default" if rule == "none" or rule == "linear" and not factor else rule
+    what, scaled = "GGUF: rope.scaling", rule in ("linear", "yarn") and factor not in (None, 1.0)
     old = g.take("rope.scaling.original_context_length", int, 0) or None
-    scaling = Fields("GGUF: rope.scaling", {"factor": factor, "original_max_position_embeddings": old})
-    dims = g.size("rope.dimension_count", m["head_dim"], 1 << 16)
-    divisors = tensors.pop("rope_freqs.weight", ())
-    if divisors:
-        check(divisors.shape == (dims // 2,), "GGUF", "rope_freqs.weight has the shape %s; expected: [%d]",
-              list(divisors.shape), dims // 2)
-        divisors = struct.unpack("<%df" % (dims // 2), divisors.as_f32().data)
-        check(all(1e-6 <= d <= 1e9 for d in divisors), "GGUF", "rope_freqs.weight holds what is no factor")
-    rule = rule if rule == "yarn" or rule == "linear" and factor else "default"
-    rope(model, rule, scaling, g.take("rope.freq_base", float, 10000.0, 1e-3), dims, divisors)
+    scaling = {"factor": factor, "original_max_position_embeddings": old}
+    for name, key in GGUF_ROPE_TENSORS.items():         # divisors of the frequencies
+        t = tensors.pop(name, None)
+        if t:
+            check(len(t.shape) == 1, "GGUF", "%s has the shape %s", name, list(t.shape))
+            check(not scaled, "GGUF", "%s and rope.scaling.factor = %s together", name, factor)
+            scaling[key] = list(struct.unpack("<%df" % t.shape, t.as_f32().data))
+            rule, what = "factors" if key == "factors" else "longrope", name
+    if rule == "longrope":
+        scaling["attention_factor"] = g.take("rope.scaling.attn_factor", float, 1.0)
+    rope(model, rule, Fields(what, scaling), g.take("rope.freq_base", float, 10000.0, 1e-3),
+         g.size("rope.dimension_count", m["head_dim"], 1 << 16))
     g.finish(GGUF_HARMLESS, model.options.ignore)
     biases = [kind for kind in layer_shapes(m) if "blk.0.%s.bias" % kind in tensors and "norm" not in kind]
     collect(model, tensors, biases, arch == "qwen3", None)
@@ -2195,6 +2222,7 @@ def attach(model):
             model.notes.append("chat: the model's template, as fixed texts around the turns")
         except Refused as error:
             model.notes.append("chat refused, generate works: %s" % error)
+            m["chat.refused"] = clean(error).encode()[:300].decode("utf-8", "ignore")
 
 
 def describe(model):
@@ -2232,6 +2260,10 @@ def export(options, scratch):
     attach(model)
     m, out, run = model.meta, options.o or stem + ".bin", os.path.relpath(options.run)
     m["name"] = options.name or m.get("name", stem)
+    if options.context is not None:
+        check(1 <= options.context <= m["context_length"], "--context", "%d; this model takes 1 to %d",
+              options.context, m["context_length"])
+        m["context_length"] = options.context
     m.setdefault("source", os.path.basename(os.path.abspath(options.source)))
     if options.license:
         m["license"] = options.license
@@ -2262,6 +2294,7 @@ def usage():
     p.add_argument("source", metavar="SOURCE", help="what to export")
     p.add_argument("-o", metavar="FILE", help="the file to write (default: NAME.bin in this folder)")
     p.add_argument("--tokenizer", metavar="FILE", help="its tokenizer, if not beside it; none: leave it out")
+    p.add_argument("--context", metavar="N", type=int, help="the longest text, if less than the model can")
     p.add_argument("--name", metavar="TEXT", help="name of the model in the file")
     p.add_argument("--license", metavar="TEXT", help="licence of the model in the file")
     p.add_argument("--ignore", metavar="FIELD", action="append", default=[],

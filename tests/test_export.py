@@ -704,7 +704,10 @@ class Configurations(Export):
                 ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
                                    "high_freq_factor": 1.0,
                                    "original_max_position_embeddings": 32}}, "high_freq_factor"),
-                ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [2]}}, "longrope"),
+                ({"rope_scaling": {"type": "longrope", "short_factor": [1]}}, "long_factor is missing"),
+                ({"rope_scaling": {"type": "su", "short_factor": [1, 1], "long_factor": [2, 2]}}, "1 RoPE"),
+                ({"rope_scaling": {"type": "longrope", "short_factor": ["1"], "long_factor": ["2"]}}, "1 RoPE"),
+                ({"rope_scaling": {"type": "dynamic"}}, "factor is missing"),
                 ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
                 ({"partial_rotary_factor": 2.0}, "partial_rotary_factor"),
                 ({"attention_bias": 1}, "attention_bias"), ({"mlp_bias": "yes"}, "mlp_bias")]:
@@ -718,8 +721,8 @@ class Configurations(Export):
         self.refused("--ignore logit_scale", folder)
         self.good(folder, "--ignore", "logit_scale")
 
-    def freqs(self, cfg):
-        m = self.good(hf_folder("hf", cfg, weights()))
+    def freqs(self, cfg, *options):
+        m = self.good(hf_folder("hf", cfg, weights()), *options)
         return m.floats("rope.freqs") if "rope.freqs" in m.tensors else None, m.metadata
 
     def test_rope_scaling(self):
@@ -741,13 +744,28 @@ class Configurations(Export):
                         self.assertEqual(meta["rope.base"], "100.0")
                         self.assertAlmostEqual(float(meta.get("rope.attention_factor", 1)), attention,
                                                delta=1e-9)
-                        if rule["rope_type"] == "default":
+                        if rule["rope_type"] in ("default", "dynamic"):     # as far as the context goes
                             self.assertIsNone(got)
                         else:
                             for u, v in zip(got, want):
                                 self.assertAlmostEqual(u / v, 1, delta=1e-6)
                             self.assertEqual(len(got), 8)
                         self.assertEqual(meta["context_length"], str(context))
+            rule, context, want, attention = LONGROPE_SHORT     # a short context has factors of its own
+            got, meta = self.freqs(config(max_position_embeddings=context, rope_theta=100.0, rope_scaling=rule),
+                                   "--context", "64")
+            self.assertIn("short texts", self.printed)
+            self.assertEqual(meta["context_length"], "64")
+            self.assertAlmostEqual(float(meta["rope.attention_factor"]), attention, delta=1e-9)
+            for u, v in zip(got, want):
+                self.assertAlmostEqual(u / v, 1, delta=1e-6)
+            del rule["original_max_position_embeddings"]        # as Phi-3 has it: beside the rule, and "su"
+            again, meta = self.freqs(config(max_position_embeddings=context, rope_theta=100.0, rope_scaling=dict(
+                rule, rope_type="su"), original_max_position_embeddings=64), "--context", "64")
+            self.assertEqual(again, got)
+            self.freqs(config(max_position_embeddings=context, rope_theta=100.0, rope_scaling=dict(
+                rule, original_max_position_embeddings=64)), "--context", "65")
+            self.assertIn("more than 64 positions", self.printed)
         finally:
             SIZE, HEADS, KV, OUR_LAYER = saved
 
@@ -774,6 +792,9 @@ class Configurations(Export):
                     "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}))
                 self.assertEqual("chat.user.before" in m.metadata, works is True)
                 self.assertEqual("chat refused" in self.printed, works is False)
+                why = m.metadata.get("chat.refused")
+                self.assertEqual(why is not None, works is False)
+                self.assertTrue(why is None or why.startswith("the chat template") and len(why.encode()) <= 300)
         folder = hf_folder("hf", config(), tokenizer=tokenizer_json())
         put(os.path.join(folder, "chat_template.jinja"), simple.encode())
         self.assertEqual(self.good(folder).metadata["chat.user.before"], "<s>user:")
@@ -791,7 +812,8 @@ class Configurations(Export):
                 ({"llama__block_count": None}, "block_count is missing"),
             ({"llama__vocab_size": 11}, "token_embd"),
             ({"llama__embedding_length": 16}, "shape"),
-                ({"llama__rope__scaling__type": "longrope"}, "longrope"),
+                ({"llama__rope__scaling__type": "longrope"}, "short_factor is missing"),
+                ({"llama__rope__scaling__type": "su"}, "longrope"),
             ({"llama__context_length": "64"}, "context_length"),
                 ({"llama__attention__layer_norm_rms_epsilon": None}, "missing"),
                 ({"llama__rope__scaling__yarn_ext_factor": 1.0}, "yarn_ext_factor"),
@@ -808,7 +830,16 @@ class Configurations(Export):
         self.assertAlmostEqual(float(yarn.metadata["rope.attention_factor"]), 1.1386294361119891, delta=1e-9)
         divided = self.good(*run({}, dict(gguf_tensors(), **{"rope_freqs.weight": (0, (1,), f32([8.0]))})))
         self.assertEqual(divided.floats("rope.freqs"), [0.125])
+        factors = {"rope_factors_%s.weight" % k: (0, (1,), f32([d])) for k, d in (("short", 2.0), ("long", 4.0))}
+        changes = {"llama__rope__scaling__original_context_length": 16,
+                   "llama__rope__scaling__attn_factor": 1.25, "llama__rope__scaling__type": "longrope"}
+        for context, value in ((64, 0.25), (16, 0.5)):
+            long = self.good(*run(changes, dict(gguf_tensors(), **factors), ["--context", str(context)]))
+            self.assertEqual(long.floats("rope.freqs"), [value])
+            self.assertEqual(long.metadata["rope.attention_factor"], "1.25")
         os.remove(self.out)
+        self.refused("--context", *run({}, options=["--context", "65"]))
+        self.refused("together", *run({"llama__rope__scaling__factor": 4.0}, dict(gguf_tensors(), **factors)))
         for bad in ((0, (2,), f32([1.0, 1.0])), (0, (1,), f32([0.0])), (0, (1,), f32([float("nan")])),
                     (8, (32,), bytes(34))):
             self.refused("rope_freqs.weight", *run({}, dict(gguf_tensors(), **{"rope_freqs.weight": bad})))
@@ -835,8 +866,21 @@ ROPE_CASES = """[
   0.221359432, 0.0978053659, 0.0399999991, 0.0140585322, 0.00790569466, 0.00444569858], 1.138629436111989],
  [{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.3},
   256, [1.0, 0.477990121, 0.221359432, 0.0978053659, 0.0399999991, 0.0140585322, 0.00790569466,
-  0.00444569858], 1.3]
+  0.00444569858], 1.3],
+ [{"rope_type": "longrope", "short_factor": [1, 1.1, 1.2, 1.35, 1.5, 1.5, 2, 2.5],
+   "long_factor": [1, 1.3, 2.1, 3.9, 5.5, 8, 8, 9], "original_max_position_embeddings": 64}, 512, [1.0,
+  0.432570279, 0.150584653, 0.0455969088, 0.0181818176, 0.0070292661, 0.00395284733, 0.00197586603],
+  1.224744871391589],
+ [{"rope_type": "longrope", "short_factor": [1, 1.1, 1.2, 1.35, 1.5, 1.5, 2, 2.5], "factor": 4.0,
+   "long_factor": [1, 1.3, 2.1, 3.9, 5.5, 8, 8, 9], "original_max_position_embeddings": 64}, 512, [1.0,
+  0.432570279, 0.150584653, 0.0455969088, 0.0181818176, 0.0070292661, 0.00395284733, 0.00197586603],
+  1.1547005383792517],
+ [{"rope_type": "dynamic", "factor": 4.0}, 64, [], 1.0]
 ]"""
+LONGROPE_SHORT = [{"rope_type": "longrope", "short_factor": [1, 1.1, 1.2, 1.35, 1.5, 1.5, 2, 2.5],
+                   "long_factor": [1, 1.3, 2.1, 3.9, 5.5, 8, 8, 9], "original_max_position_embeddings": 64},
+                  512, [1.0, 0.511219382, 0.263523132, 0.131724402, 0.0666666701, 0.0374894217,
+                        0.0158113893, 0.00711311772], 1.224744871391589]
 
 
 class Hostile(Export):
