@@ -264,7 +264,7 @@ def read_llama2c(path, tensors):
         file.seek(256)
     check(all(0 < n < 1 << 24 for n in numbers[:5] + (vocab, context)) and layers < 1 << 16
           and dim % (2 * heads) == 0 and heads % kv_heads == 0 and 0 < group <= dim, path,
-          "not a model file that is known here (as one of llama2.c's it would begin with %s)", numbers)
+          "not a model file that is known here; %s", EXPECTED)
     m = {"architecture": "llama", "dim": dim, "hidden_dim": hidden, "n_layers": layers, "n_heads": heads,
          "n_kv_heads": kv_heads, "vocab_size": vocab, "context_length": context, "head_dim": dim // heads,
          "norm.eps": "1e-05", "rope.base": "10000.0", "rope.pairing": "interleaved"}
@@ -451,7 +451,7 @@ def scaled_rope(model, rule, f, freqs, base):
         by = number("factor", context / old)
         more = (model.options.context or context) > old
         model.notes.append("LongRoPE: the factors for %s" % (
-            "texts of more than %d positions; the others: --context %d" % (old, old) if more else "short texts"))
+            "texts of more than %d positions; shorter: --context %d" % (old, old) if more else "short texts"))
         return divided(long if more else short), number(
             "attention_factor", math.sqrt(1 + math.log(by) / math.log(old)) if by > 1 and old > 1 else 1.0)
     if rule == "llama3":
@@ -2097,7 +2097,15 @@ def bytes_text(n):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-PICKLED = "unpickling it could run code that it holds; convert it to safetensors first"
+PICKLED = "pickled weights; to read them could run code that they hold: get safetensors or GGUF instead"
+EXPECTED = ("expected: a Hugging Face folder, its name on the hub (org/name), a GGUF file or a .bin of "
+            "llama2.c")
+FOREIGN = ((rb"\x80[\2-\5]|\(dp", PICKLED), (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF", "a picture or a sound"),
+           (rb"\x7fELF|MZ", "a program"),
+           (rb"\x1f\x8b|BZh|7z|\xfd7zXZ", "a compressed file: unpack it first"),
+           (rb"version ht", "a Git LFS pointer in place of the file: git lfs pull fetches it"),
+           (rb"\s*<", "a web page, not the file that it leads to"), (rb"%PDF", "a document"),
+           (rb"\s*[{\[]", "JSON; give the folder that it is in"), (rb"[\t-\r -~]{10}", "a text"))
 
 
 def beside(folder, *names):
@@ -2129,12 +2137,16 @@ def load_gguf(model, path):
 
 
 def load_folder(model, folder, weights=None):
-    check(beside(folder, "config.json"), folder, "no configuration here: config.json is missing")
+    names = sorted(os.listdir(folder or "."))
+    gguf = ["; give %s itself" % n for n in names if n.endswith(".gguf")]
+    pickles = ["; %s: %s" % (n, PICKLED) for n in names if n.endswith((".bin", ".pt", ".pth"))]
+    check("config.json" in names, folder or ".", "a folder without config.json%s", *(
+        gguf + pickles + ["; " + EXPECTED])[:1])
     config, index = read_json(beside(folder, "config.json")), beside(folder, "model.safetensors.index.json")
     files = [weights or beside(folder, "model.safetensors")]
     if index and not weights:
         files = [os.path.join(folder, name) for name in shard_names(index)]
-    check(files[0], folder, "no model.safetensors here; a pytorch_model.bin is not opened: %s", PICKLED)
+    check(files[0], folder, "no model.safetensors here%s", *(pickles + [""])[:1])
     for name in files:
         read_safetensors(name, model.unused)
     model.kind = "Hugging Face, %d file%s" % (len(files), "s" if len(files) > 1 else "")
@@ -2162,6 +2174,7 @@ def unzip_gguf(path, out):
     try:
         with zipfile.ZipFile(path) as archive:
             inside = [n for n in archive.namelist() if n.endswith(".gguf")]
+            check(not any(n.endswith("data.pkl") for n in archive.namelist()), path, PICKLED)
             check(len(inside) == 1, path, "%d GGUF files inside, one was expected", len(inside))
             with archive.open(inside[0]) as source, open(out, "wb") as to:
                 shutil.copyfileobj(source, to, CHUNK)
@@ -2179,7 +2192,8 @@ def load(model, source, scratch):
     if not os.path.exists(source):
         on_hub = re.match(r"[\w.-]+/[\w.-]+(@[\w./-]+)?\Z", source, re.A)
         check(on_hub and not source.endswith((".gguf", ".bin", ".safetensors")), source,
-              "no such file or folder, and no name on the hub (org/name)")
+              "no such file or folder here; %s", EXPECTED)
+        sys.stderr.write("  no file or folder here has this name: asking the hub\n")
         load_folder(model, download(source, model))
         return source.split("@")[0].split("/")[1]
     file = File(source)
@@ -2194,7 +2208,9 @@ def load(model, source, scratch):
         check("run.c" not in read_safetensors(source, {}), source, "a model file already; run it with ./run")
         load_folder(model, os.path.dirname(source), source)
     else:
-        check(not re.match(b"\x80[\2-\5]", head), source, "a pickled file: " + PICKLED)
+        found = [words for pattern, words in FOREIGN if re.match(pattern, head)]
+        found = ["an empty file"] if file.size == 0 else found
+        check(not found, source, "found %s; %s", found and found[0], EXPECTED)
         load_llama2c(model, source)
     return os.path.splitext(name)[0]
 
@@ -2291,6 +2307,7 @@ def export(options, scratch):
 def usage():
     p = argparse.ArgumentParser(prog="export.py", description=__doc__.split("\n\nStandard")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--version", action="version", version="export.py, writes model files of version 1")
     p.add_argument("source", metavar="SOURCE", help="what to export")
     p.add_argument("-o", metavar="FILE", help="the file to write (default: NAME.bin in this folder)")
     p.add_argument("--tokenizer", metavar="FILE", help="its tokenizer, if not beside it; none: leave it out")
@@ -2315,7 +2332,9 @@ def main(arguments=None):
         return e.code
     File.opened.clear()
     folder, name = os.path.split(options.o or "model.bin")
-    try:                                                # all that is temporary: a folder beside the result
+    try:
+        check(os.path.isdir(folder or "."), folder, "no such folder; make it first, or name another with -o")
+        # All that is temporary lies in a folder beside the result.
         with tempfile.TemporaryDirectory(prefix=name + ".tmp-", dir=folder or ".") as scratch:
             export(options, scratch)
         return 0

@@ -601,8 +601,11 @@ class Sources(Export):
             self.assertEqual(set(os.listdir(e.tempfile.gettempdir())) - before, set())
         os.remove(self.out)
         with zipfile.ZipFile(path, "w") as z:
-            z.writestr("archive/data.pkl", "x")
+            z.writestr("archive/data.bin", "x")
         self.refused("0 GGUF files", path)
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("archive/data.pkl", "x")
+        self.refused("pickled", path)
         with zipfile.ZipFile(path, "w") as z:
             z.writestr("a.gguf", data)
             z.writestr("b.gguf", data)
@@ -965,21 +968,27 @@ class Hostile(Export):
         folder = fresh_folder("export", "files")
         for data, name, word in [(b"\x80\x02}q\x00.", "m.bin", "pickled"),
                                  (b"\x80\x04xxx", "m.pt", "pickled"),
-                                 (b"PK\3\4" + bytes(50), "m.zip", "zip"), (b"", "m.bin", "ends"),
-                                 (b"hello", "m.bin", "ends"),
-                                 (b"x" * 500, "m.bin", "not a model file"),
+                                 (b"PK\3\4" + bytes(50), "m.zip", "zip"), (b"", "m.bin", "empty"),
+                                 (b"\1\2\3\4\5", "m.bin", "ends"), (b"hello, world", "m.bin", "a text"),
+                                 (b"\xff\xd8\xff\xe0\0\x10JFIF", "m.jpg", "a picture"),
+                                 (b"\x7fELF\2\1\1", "m.bin", "a program"), (b"<!DOCTYPE", "m.gguf", "web page"),
+                                 (b"version https://git-lfs", "m.gguf", "git lfs pull"),
+                                 (b'{"model_type": "llama"}', "m.json", "the folder"),
+                                 (b"\1" * 500, "m.bin", "not a model file"),
                                  (b"24ka" + struct.pack("<I", 7) + bytes(300),
                                                                              "m.bin", "version 7")]:
             with self.subTest(name=name, word=word):
                 self.refused(word, put(os.path.join(folder, name), data))
         self.refused("no such file", os.path.join(folder, "none.gguf"))
-        self.refused("no configuration", folder)
+        for word, gone in (("give m.gguf itself", ["m.gguf"]), ("m.bin: pickled", ["m.bin", "m.pt"]),
+                           ("org/name", [])):
+            self.refused(["without config.json", word], folder)
+            for name in gone:
+                os.remove(os.path.join(folder, name))
         dump(os.path.join(folder, "config.json"), config())
-        for name in ("m.pt", "m.zip", "m.bin"):
-            os.remove(os.path.join(folder, name))
         self.refused("no model.safetensors", folder)
         put(os.path.join(folder, "pytorch_model.bin"), b"\x80\x02")
-        self.refused("pytorch_model.bin is not opened", folder)
+        self.refused("pytorch_model.bin: pickled", folder)
         for text, word in ((b"[]", "object"), (b"{" * 9, "JSON"), (b"", "JSON"), (b'{"a":' * 99999, "")):
             put(os.path.join(folder, "config.json"), text)
             self.refused(word, folder)
@@ -1148,14 +1157,14 @@ class Output(Export):
         folder = hf_folder("hf")
         status, _, err = main(folder, "-o", os.path.join(self.folder, "no", "m.bin"))
         self.assertEqual(status, 1)
-        self.assertIn("No such file", err)
+        self.assertIn("%s: no such folder" % os.path.join(self.folder, "no"), err)
         put(os.path.join(self.folder, "file"), b"")
         self.assertEqual(main(folder, "-o", os.path.join(self.folder, "file", "m.bin"))[0], 1)
         self.assertEqual(os.listdir(self.folder), ["file"])
 
     def test_usage(self):
         for arguments, status in (([], 2), (["a", "b"], 2), (["--bogus", "a"], 2), (["a", "-o"], 2),
-                                  (["-h"], 0)):
+                                  (["-h"], 0), (["--version"], 0)):
             self.assertEqual(main(*arguments)[0], status, arguments)
 
 
@@ -1352,7 +1361,7 @@ class Download(Export):
         self.refused("damaged on the way", "org/tiny", "--cache", self.cache)
 
     def test_refusals(self):
-        self.refused(["no such file here", "no such model"], "org/other", "--cache", self.cache)
+        self.refused(["no such file", "no such model"], "org/other", "--cache", self.cache)
         Hub.plan = {"config.json": [401]}
         self.refused(["HF_TOKEN", "401"], "org/tiny", "--cache", self.cache)
         Hub.plan = {"config.json": [418]}
@@ -1365,7 +1374,7 @@ class Download(Export):
         self.refused("cannot be reached", "org/tiny", "--cache", self.cache)
         os.environ["HF_ENDPOINT"] = "file:///etc"
         self.refused("HF_ENDPOINT", "org/tiny", "--cache", self.cache)
-        self.refused("no name on the hub", "org/tiny/too/deep")
+        self.refused("no such file or folder", "org/tiny/too/deep")
 
     def test_a_cache_that_cannot_be_written(self):
         self.refused("cannot be written", "org/tiny", "--cache", put(os.path.join(self.cache, "file"), b""))
