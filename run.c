@@ -867,6 +867,7 @@ struct run_model {
     tokenizer *tokenizer;                                    /* NULL: token ids are the interface */
     const struct kernels *kernels;
     size_t weight_bytes;                                     /* read for one token */
+    double weights;                                          /* multiplied for one token */
     int has_packed;                                          /* some matrix wants int8 activations */
 };
 
@@ -1033,22 +1034,17 @@ void run_close(run_model *m)
         model_close(m);
 }
 
-static size_t bytes_of(const struct matrix *m)
-{
-    return matrix_bytes(m->type, m->rows, m->cols);
-}
-
 /* What one token reads of the weights, and whether any matrix is packed. */
 static void measure_weights(struct run_model *m)
 {
-    m->weight_bytes = bytes_of(&m->output);
-    m->has_packed = m->output.type >= Q4;
-    for (int i = 0; i < m->config.layers; i++) {
-        const struct layer *l = &m->layers[i];
+    for (int i = -1; i < m->config.layers; i++) {
+        const struct layer *l = &m->layers[i < 0 ? 0 : i];
         const struct matrix *all[] = { &l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down };
-        for (int j = 0; j < 7; j++) {
-            m->weight_bytes += bytes_of(all[j]);
-            m->has_packed |= all[j]->type >= Q4;
+        for (int j = 0; j < (i < 0 ? 1 : 7); j++) {
+            const struct matrix *w = i < 0 ? &m->output : all[j];
+            m->weight_bytes += matrix_bytes(w->type, w->rows, w->cols);
+            m->weights += (double)w->rows * w->cols;
+            m->has_packed |= w->type >= Q4;
         }
     }
 }
@@ -1674,11 +1670,20 @@ static const struct kernels kernels_scalar = {
 /* -- threads: a team runs one function, with barriers and a shared counter inside --
 
    The counter hands out pieces of work, so that a slow core takes fewer. [T1] Between two
-   barriers there is at most one counted loop; the barrier resets the counter. */
+   barriers there is at most one counted loop; the barrier resets the counter.
+
+   When another program takes a core away, a thread may be missing for milliseconds, and all others
+   wait for it at the next barrier: two threads are then slower than one. The team notices that its
+   threads slept for long, does without one of them for a while, and tries again. */
+
+enum { MOST_THREADS = 1024 };
 
 struct team {
     int size;                       /* threads, the caller included */
-    int active;                     /* of them in the present run: 1 or size */
+    int active;                     /* of them in the present run */
+    int usable;                     /* of them while there is a core for each */
+    int patience, rest;             /* runs until one more is tried: next time, and still this time */
+    atomic_llong slept;             /* nanoseconds that threads slept at barriers in this run */
     atomic_int next;                /* the counter */
     atomic_int arrived, sleepers;
     atomic_uint generation;         /* of the barrier */
@@ -1687,9 +1692,15 @@ struct team {
     void (*work)(void *context, int me);
     void *context;
     pthread_t *threads;             /* [size - 1]; NULL with OpenMP, which keeps its own */
-    atomic_uint job;                /* counts runs; the last one ends the threads */
-    int quit;
+    atomic_uint job;                /* 2 MOST_THREADS times the number of the run, plus its active threads; UINT_MAX: the end */
 };
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 INLINE void pause_(void)
 {
@@ -1708,17 +1719,20 @@ static void await(struct team *t, atomic_uint *word, unsigned old)
             return;
         pause_();
     }
+    double start = seconds();
     pthread_mutex_lock(&t->mutex);
     atomic_fetch_add(&t->sleepers, 1);
     while (atomic_load(word) == old)
         pthread_cond_wait(&t->wake, &t->mutex);
     atomic_fetch_sub(&t->sleepers, 1);
     pthread_mutex_unlock(&t->mutex);
+    if (word == &t->generation)
+        atomic_fetch_add(&t->slept, (long long)(1e9 * (seconds() - start)));
 }
 
-static void announce(struct team *t, atomic_uint *word)
+static void announce(struct team *t, atomic_uint *word, unsigned value)
 {
-    atomic_fetch_add(word, 1);
+    atomic_store(word, value);
     if (atomic_load(&t->sleepers)) {
         pthread_mutex_lock(&t->mutex);
         pthread_cond_broadcast(&t->wake);
@@ -1735,7 +1749,7 @@ static void barrier(struct team *t)
     } else if (atomic_fetch_add(&t->arrived, 1) == active - 1) {
         atomic_store(&t->arrived, 0);
         atomic_store(&t->next, 0);
-        announce(t, &t->generation);
+        announce(t, &t->generation, generation + 1);
     } else {
         await(t, &t->generation, generation);
     }
@@ -1758,29 +1772,47 @@ static void work_plainly(struct team *t, int me)
     set_float_mode(before);
 }
 
+/* Chooses how many threads take part in the next runs, after one that took so long. */
+static void adapt(struct team *t, double time)
+{
+    if (t->active > 1 && (double)t->slept > 0.2e9 * time * t->active) {
+        t->usable = t->active - 1;
+        t->rest = t->patience = t->patience < 8 ? 8 : t->patience < 512 ? 2 * t->patience : 1024;
+    } else if (t->usable == t->size) {
+        t->patience /= 2;
+    } else if (--t->rest <= 0) {
+        t->usable++;
+        t->rest = t->patience;
+    }
+}
+
 /* Runs work(context, 0 .. active - 1), on the caller alone if it is small. */
 static void team_run(struct team *t, int alone, void (*work)(void *, int), void *context)
 {
+    double start = t->size > 1 ? seconds() : 0;
     t->work = work;
     t->context = context;
-    t->active = alone ? 1 : t->size;
+    t->active = alone ? 1 : t->usable;
     atomic_store(&t->next, 0);
+    atomic_store(&t->slept, 0);
     if (t->active == 1) {
         work_plainly(t, 0);
-        return;
-    }
+    } else {
 #ifdef _OPENMP
-#pragma omp parallel num_threads(t->size)
-    {
+#pragma omp parallel num_threads(t->usable)
+        {
 #pragma omp single
-        t->active = omp_get_num_threads();
-        work_plainly(t, omp_get_thread_num());
-    }
+            t->active = omp_get_num_threads();
+            work_plainly(t, omp_get_thread_num());
+        }
 #else
-    announce(t, &t->job);
-    work_plainly(t, 0);
-    barrier(t);
+        announce(t, &t->job, (atomic_load(&t->job) / (2 * MOST_THREADS) + 1) * 2 * MOST_THREADS + (unsigned)t->active);
+        work_plainly(t, 0);
+        barrier(t);
 #endif
+    }
+    if (!alone && t->size > 1)
+        adapt(t, seconds() - start);
 }
 
 #ifndef _OPENMP
@@ -1794,10 +1826,13 @@ static void *member_main(void *argument)
     struct member member = *(struct member *)argument;
     struct team *t = member.team;
     free(argument);
-    for (unsigned job = 0;; job++) {
+    for (unsigned job = 0;;) {
         await(t, &t->job, job);
-        if (t->quit)
+        job = atomic_load(&t->job);
+        if (job == UINT_MAX)
             return NULL;
+        if (member.number >= (int)(job % (2 * MOST_THREADS)))
+            continue;               /* not in this one */
         work_plainly(t, member.number);
         barrier(t);
     }
@@ -1807,8 +1842,7 @@ static void *member_main(void *argument)
 static void team_close(struct team *t)
 {
 #ifndef _OPENMP
-    t->quit = 1;
-    announce(t, &t->job);
+    announce(t, &t->job, UINT_MAX);
     for (int i = 0; i < t->size - 1; i++)
         pthread_join(t->threads[i], NULL);
     free(t->threads);
@@ -1823,6 +1857,7 @@ static int team_open(struct team *t, int size, run_error *error)
     pthread_mutex_init(&t->mutex, NULL);
     pthread_cond_init(&t->wake, NULL);
     t->size = t->active = 1;
+    t->usable = size;
 #ifdef _OPENMP
     (void)error;
     t->size = size;
@@ -1901,6 +1936,9 @@ static int default_threads(void)
    [S1] positions 0 .. length - 1 of `tokens` are in the cache, as far as a window can see them;
    [S2] `written` positions have ever been written, so that slots hold the newest blocks below. */
 
+/* What bench times of a pass, waiting for other threads included. */
+enum part { EMBED, PREPARE, QKV, ATTENTION, OUT, GATE_UP, DOWN, LOGITS, N_PARTS };
+
 enum { CHUNK = 64, LOGIT_ROWS = 16 };   /* rows of a forward pass; those that get logits */
 
 struct run_session {
@@ -1949,6 +1987,8 @@ struct pass {
     float *rope;                        /* [n, rope_dims] cos, sin, cos, sin ... */
     float *logits;                      /* [LOGIT_ROWS, vocab] */
     struct thread_space *threads;
+    int timed;
+    double parts[N_PARTS], mark;        /* seconds so far; when the last part ended */
 };
 
 /* All memory that grows on use: zero, and real only where touched. */
@@ -2081,7 +2121,7 @@ run_session *run_session_open(const run_model *m, const run_options *options, ru
         o = *options;
     int threads = o.threads > 0 ? o.threads : default_threads();
     run_session *s = calloc(1, sizeof *s);
-    if (!s || o.context < 0 || threads > 1024) {
+    if (!s || o.context < 0 || threads > MOST_THREADS) {
         fail(error, s ? "a session needs a context of at least 1 and at most 1024 threads" : "out of memory");
         free(s);
         return NULL;
@@ -2163,6 +2203,15 @@ static void note(struct pass *p, int bad, int layer, int row)
     int mark = 1 + layer * CHUNK + row, before = atomic_load(&p->bad);
     while (bad && (!before || mark < before) && !atomic_compare_exchange_weak(&p->bad, &before, mark))
         ;
+}
+
+static void mark(struct pass *p, int me, enum part part)
+{
+    if (!p->timed || me)
+        return;
+    double now = seconds();
+    p->parts[part] += now - p->mark;
+    p->mark = now;
 }
 
 static void embed(struct pass *p, int me)
@@ -2455,6 +2504,7 @@ static void forward(void *context, int me)
     embed(p, me);                                                      /* x [n, dim] */
     rope_angles(p, me);
     barrier(&p->team);
+    mark(p, me, EMBED);
     observe(p, me, "embed", -1, p->x, dim, c->dim);
 
     for (int i = 0; i < c->layers; i++) {
@@ -2463,20 +2513,28 @@ static void forward(void *context, int me)
 
         /* attention: x += o . attend(q, k, v) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->attn_norm);    /* [n, dim] */
+        mark(p, me, PREPARE);
         multiply(p, (struct product[]){ { &l->q, p->q, q, l->q_bias, 0 },    /* [n, heads hd] */
                                         { &l->k, p->k, kv, l->k_bias, 0 },   /* [n, kv hd] */
                                         { &l->v, p->v, kv, l->v_bias, 0 } }, /* [n, kv hd] */ 3, in);
         barrier(&p->team);
+        mark(p, me, QKV);
         attention(p, me, i);                                           /* att [n, heads hd] */
+        mark(p, me, ATTENTION);
         observe(p, me, "attn", i, p->att.x, p->att.stride, (int)q);
         in = prepare(p, me, i, &p->att, &own->att, NULL);
+        mark(p, me, PREPARE);
         add_branch(p, me, i, &l->o, l->o_bias, l->post_attn_norm, in);
+        mark(p, me, OUT);
 
         /* feed forward: x += down . (act(gate . x) * (up . x)) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->ffn_norm);     /* [n, dim] */
+        mark(p, me, PREPARE);
         feed_forward(p, i, in);                                        /* hid [n, hidden] */
         barrier(&p->team);
+        mark(p, me, GATE_UP);
         add_branch(p, me, i, &l->down, l->down_bias, l->post_ffn_norm, &p->hid);
+        mark(p, me, DOWN);
         observe(p, me, "out", i, p->x, dim, c->dim);
     }
 
@@ -2502,6 +2560,7 @@ static void forward(void *context, int me)
         float x = p->logits[i] * c->logit_scale;
         p->logits[i] = c->logit_cap > 0 ? c->logit_cap * tanh_(x / c->logit_cap) : x;
     }
+    mark(p, me, LOGITS);
 }
 
 /* Runs up to CHUNK rows; p->logits then holds those of the wanted ones in order. */
@@ -2523,6 +2582,7 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
         p->tiles[p->n_tiles - 1].end = r + 1;
     }
     p->last.n = p->wanted;
+    p->mark = p->timed ? seconds() : 0;
     int small = p->model->weight_bytes * (size_t)n < 4 << 20; /* not worth waking others for */
     team_run(&p->team, small, forward, p);
     if (p->bad) {
@@ -4244,6 +4304,7 @@ static const char usage_text[] =
     "  --logprobs K          with --json: log-probabilities of each token and the K best\n"
     "  --type TYPE           quantize: auto, q4, q4a, q8, f16, bf16, f32 (auto: exact where it can be)\n"
     "  --verify              info: check the checksums of all tensors\n"
+    "  --compare WHAT        bench: context, isa or threads: speed at each length, set or number\n"
     "  -o FILE               quantize: the file to write\n"
     "  -h                    this text\n"
     "\n"
@@ -4254,7 +4315,7 @@ enum mode { GENERATE, CHAT, PERPLEXITY, TOKENIZE, INFO, BENCH, QUANTIZE };      
 
 struct options {
     const char *model, *prompt, *prompt_file, *system, *output, *seed, *stops[MAX_STOPS];
-    int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max;
+    int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max, compare;
     run_sampling sampling;
 };
 
@@ -4276,16 +4337,11 @@ static int failure(const run_error *error)
     return 1;
 }
 
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static const char *const mode_names[] = { "generate", "chat", "perplexity", "tokenize", "info", "bench", "quantize", NULL };
 static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q8", NULL };
 static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", NULL };
+static const char *const compare_names[] = { "nothing", "context", "isa", "threads", NULL };
+enum { BY_CONTEXT = 1, BY_ISA, BY_THREADS };
 
 /* Every option but -h and --stop: where its value goes, and what values there are. */
 static const struct option {
@@ -4314,6 +4370,7 @@ static const struct option {
     { "--kv", WORD, PLACE(kv_f32), 0, 0, cache_names },
     { "--draft", WORD, PLACE(draft), 0, 0, draft_names },
     { "--draft-max", WHOLE, PLACE(draft_max), 0, 64, NULL },
+    { "--compare", WORD, PLACE(compare), 0, 0, compare_names },
     { "--json", FLAG, PLACE(json), 0, 0, NULL },
     { "--logprobs", WHOLE, PLACE(logprobs), 0, INT_MAX, NULL },
     { "--type", WORD, PLACE(type), 0, 0, target_names },
@@ -5262,45 +5319,21 @@ static int mode_info(const struct options *o, run_error *error)
 
 /* -- bench -- */
 
-struct reading_job {
-    struct team *team;
-    const struct kernels *kernels;
-    const uint64_t *words;
-    size_t n;
-    _Atomic uint64_t sum;           /* so that reading cannot be optimised away */
+enum { REPEATS = 7, N_PROMPTS = 2, N_WIDTHS = 5 };
+static const int prompt_lengths[N_PROMPTS] = { 128, 512 }, widths[N_WIDTHS] = { 1, 2, 4, 8, LOGIT_ROWS };
+
+struct spread { double low, middle, high; };    /* seconds: fastest, median, slowest of REPEATS */
+
+struct figures {
+    struct spread decode;           /* of a token, greedy, sampling included */
+    struct spread prompts[N_PROMPTS];           /* of a whole prompt; 0 if the context is too small */
+    struct spread passes[N_WIDTHS]; /* of a pass over k tokens, logits of all of them included */
+    int decoded, cached;            /* tokens of a run of decode; positions behind which passes run */
+    double parts[N_PARTS], sampler; /* of decode, seconds a token */
+    double bandwidth, rate;         /* bytes, multiply-adds a second: of memory, in cache */
+    double cold, warm;              /* seconds from opening the file to the first token */
+    char fingerprint[17];
 };
-
-static void read_memory(void *context, int me)
-{
-    struct reading_job *j = context;
-    int begin, end;
-    (void)me;
-    while (next_piece(j->team, (int)(j->n / 8192), 8, &begin, &end))
-        j->sum += j->kernels->read(j->words + (size_t)begin * 8192, (size_t)(end - begin) * 8192);
-    barrier(j->team);
-}
-
-/* Bytes a second that all threads together read from a buffer as large as the weights. */
-static double read_bandwidth(run_session *s, run_error *error)
-{
-    size_t bytes = s->model->weight_bytes;
-    bytes = bytes < 1 << 20 ? 1 << 20 : bytes > 1 << 30 ? 1 << 30 : bytes;
-    struct reading_job j = { &s->pass->team, s->model->kernels, malloc(bytes), bytes / 8, 0 };
-    double best = 0;
-    if (!j.words) {
-        fail(error, "out of memory for measuring the read bandwidth");
-        return -1;
-    }
-    memset((void *)(uintptr_t)j.words, 1, bytes);
-    for (double start = seconds(), before; seconds() - start < 1;) {
-        before = seconds();
-        team_run(j.team, 0, read_memory, &j);
-        double speed = (double)(j.n / 8192 * 65536) / (seconds() - before);
-        best = speed > best ? speed : best;
-    }
-    free((void *)(uintptr_t)j.words);
-    return best;
-}
 
 static int by_value(const void *a, const void *b)
 {
@@ -5308,17 +5341,98 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-enum { REPEATS = 7 };
+static struct spread spread_of(double times[REPEATS])
+{
+    qsort(times, REPEATS, sizeof *times, by_value);
+    return (struct spread){ times[0], times[REPEATS / 2], times[REPEATS - 1] };
+}
 
-/* Seconds of one pass over k tokens behind `cached` others, logits of all k (at most LOGIT_ROWS)
-   included; sorted, fastest first. For long prompts logits of the last only. */
-static int time_pass(run_session *s, int cached, int k, double times[REPEATS], run_error *error)
+struct load {                       /* work for all threads that is nothing but reading or multiplying */
+    run_session *session;
+    const uint64_t *words;
+    size_t n;
+    _Atomic uint64_t sum;           /* so that reading cannot be optimised away */
+};
+
+static void read_memory(void *context, int me)
+{
+    struct load *l = context;
+    struct team *team = &l->session->pass->team;
+    int begin, end;
+    (void)me;
+    while (next_piece(team, (int)(l->n / 8192), 8, &begin, &end))
+        l->sum += l->session->model->kernels->read(l->words + (size_t)begin * 8192, (size_t)(end - begin) * 8192);
+    barrier(team);
+}
+
+/* Bytes a second that all threads together read from a buffer as large as the weights. */
+static int read_bandwidth(run_session *s, double *bandwidth, run_error *error)
+{
+    size_t bytes = s->model->weight_bytes;
+    bytes = bytes < 1 << 20 ? 1 << 20 : bytes > 1 << 30 ? 1 << 30 : bytes;
+    uint64_t *words = malloc(bytes);
+    if (!words)
+        return fail(error, "out of memory for measuring the read bandwidth");
+    memset(words, 1, bytes);
+    struct load l = { s, words, bytes / 8, 0 };
+    *bandwidth = 0;
+    for (double start = seconds(), before; seconds() - start < 1;) {
+        before = seconds();
+        team_run(&s->pass->team, 0, read_memory, &l);
+        double speed = (double)(l.n / 8192 * 65536) / (seconds() - before);
+        *bandwidth = speed > *bandwidth ? speed : *bandwidth;
+    }
+    free(words);
+    return 0;
+}
+
+enum { RATE_STRIPS = 4, RATE_TIMES = 200 };
+
+/* Every thread multiplies the same few strips with eight tokens, again and again. */
+static void multiply_in_cache(void *context, int me)
+{
+    const struct load *l = context;
+    struct pass *p = l->session->pass;
+    const struct matrix *w = &p->model->layers[0].gate;
+    float tile[TILE * STRIP];
+    (void)me;
+    for (int i = 0; i < RATE_TIMES * RATE_STRIPS; i++)
+        p->model->kernels->matmul[w->type](tile, w, i % RATE_STRIPS % (int)strips(w->rows), &p->norm, 0, 8);
+    barrier(&p->team);
+}
+
+/* Multiply-adds a second of all threads together where nothing waits for memory. */
+static double rate_in_cache(run_session *s)
+{
+    struct pass *p = s->pass;
+    const struct matrix *w = &s->model->layers[0].gate;
+    struct load l = { .session = s };
+    double best = 0;
+    p->norm.n = 8;                  /* whatever the last pass left there */
+    for (int i = 0; i < 2 * REPEATS; i++) {
+        double start = seconds();
+        team_run(&p->team, 0, multiply_in_cache, &l);
+        double speed = 8.0 * RATE_TIMES * RATE_STRIPS * STRIP * w->cols * p->team.active / (seconds() - start);
+        best = speed > best ? speed : best;
+    }
+    return best;
+}
+
+/* Time of one pass over k tokens behind `cached` others: with the logits of all k if that is possible,
+   else of the last only. */
+static int time_pass(run_session *s, int cached, int k, struct spread *time, run_error *error)
 {
     int ids[1024], most = k <= LOGIT_ROWS ? 40 : 1;
+    double times[REPEATS];
     for (int i = 0; i < 1024; i++)
         ids[i] = (int)((int64_t)i * 7919 % s->model->config.vocab);
-    if (run_rewind(s, 0, error) || (cached && eval(s, ids, cached, 0, error)))
+    if (run_rewind(s, cached < s->length ? cached : s->length, error))
         return -1;
+    for (int n; s->length < cached;) {
+        n = cached - s->length < 1024 ? cached - s->length : 1024;
+        if (eval(s, ids, n, 0, error))
+            return -1;
+    }
     for (int i = 0; i < REPEATS; i++) {
         int n = 0;
         double start = seconds();
@@ -5328,72 +5442,203 @@ static int time_pass(run_session *s, int cached, int k, double times[REPEATS], r
         } while (++n < most && seconds() - start < 0.25);
         times[i] = (seconds() - start) / n;
     }
-    qsort(times, REPEATS, sizeof *times, by_value);
+    *time = spread_of(times);
     return 0;
 }
 
-/* Seconds a token of greedy decoding, n tokens a time; sorted. */
-static int time_decode(run_session *s, int n, double times[REPEATS], run_error *error)
+/* Time of a token of greedy decoding, in runs of f->decoded tokens; the parts of it too. */
+static int time_decode(run_session *s, struct figures *f, run_error *error)
 {
     run_sampling greedy = { .repeat_penalty = 1 };
+    double times[REPEATS];
+    int tokens = 0;
+    memset(s->pass->parts, 0, sizeof s->pass->parts);
+    f->sampler = 0;
+    f->decoded = s->context < 256 ? s->context : 256;
     for (int i = 0; i < REPEATS; i++) {
-        int id = s->model->config.bos > 0 ? s->model->config.bos : 1 % s->model->config.vocab;
+        int id = s->model->config.bos > 0 ? s->model->config.bos : 1 % s->model->config.vocab, done = 0;
         if (run_rewind(s, 0, error) || run_eval(s, &id, 1, error))
             return -1;
-        double start = seconds();
-        int done = 0;
-        for (; done < n - 1 && seconds() - start < 1; done++)
-            if ((id = run_sample(s, &greedy, error)) < 0 || run_eval(s, &id, 1, error))
+        double start = seconds(), before;
+        for (; done < f->decoded - 1 && seconds() - start < 1; done++) {
+            before = seconds();
+            if ((id = run_sample(s, &greedy, error)) < 0)
                 return -1;
+            f->sampler += seconds() - before;
+            s->pass->timed = 1;
+            int failed = run_eval(s, &id, 1, error);
+            s->pass->timed = 0;
+            if (failed)
+                return -1;
+        }
         times[i] = (seconds() - start) / (done ? done : 1);
+        tokens += done;
     }
-    qsort(times, REPEATS, sizeof *times, by_value);
+    for (int i = 0; i < N_PARTS; i++)
+        f->parts[i] = s->pass->parts[i] / (tokens ? tokens : 1);
+    f->sampler /= tokens ? tokens : 1;
+    f->decode = spread_of(times);
+    return 0;
+}
+
+/* Seconds from opening the file to the logits of a first token; cold: after the system has been asked to
+   forget what it has of the file. */
+static int time_start(const struct options *o, int cold, double *time, run_error *error)
+{
+#ifdef __linux__
+    int file = cold ? open(o->model, O_RDONLY | O_CLOEXEC) : -1;
+    if (file >= 0) {
+        posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
+        close(file);
+    }
+#else
+    (void)cold;
+#endif
+    double start = seconds();
+    run_model *m = run_open(o->model, error);
+    run_session *s = m ? run_session_open(m, &(run_options){ 64, o->threads, o->kv_f32 }, error) : NULL;
+    int failed = !s || run_eval(s, &(int){ 0 }, 1, error);
+    *time = seconds() - start;
+    run_session_close(s);
+    run_close(m);
+    return failed ? -1 : 0;
+}
+
+static int measure(run_session *s, struct figures *f, run_error *error)
+{
+    int room = s->context;
+    f->cached = room - LOGIT_ROWS < 256 ? room - LOGIT_ROWS : 256;
+    if (read_bandwidth(s, &f->bandwidth, error) || fingerprint(s, f->fingerprint, error) || time_decode(s, f, error))
+        return -1;
+    for (int i = 0; i < N_PROMPTS; i++)
+        if (prompt_lengths[i] <= room && time_pass(s, 0, prompt_lengths[i], &f->prompts[i], error))
+            return -1;
+    for (int i = 0; i < N_WIDTHS; i++)
+        if (time_pass(s, f->cached, widths[i], &f->passes[i], error))
+            return -1;
+    f->rate = rate_in_cache(s);
+    return 0;
+}
+
+static double inverse(double x) { return x > 0 ? 1 / x : 0; }
+
+static const char *const part_names[N_PARTS] = { "embedding", "norms", "q k v", "attention", "attention output",
+    "gate, up", "down", "logits" };
+
+/* The least time that a pass over k tokens can take: the larger of reading and multiplying. */
+static double limit_of(const run_session *s, const struct figures *f, int k)
+{
+    double reading = (double)s->model->weight_bytes / f->bandwidth, multiplying = k * s->model->weights / f->rate;
+    return reading > multiplying ? reading : multiplying;
+}
+
+static void print_figures(struct text *t, const run_session *s, const struct figures *f)
+{
+    const run_model *m = s->model;
+    double total = f->sampler;
+    text_print(t, "decode        %9.1f tok/s   (%.1f to %.1f in %d runs of up to %d tokens)\n", 1 / f->decode.middle,
+               1 / f->decode.high, 1 / f->decode.low, REPEATS, f->decoded);
+    for (int i = 0; i < N_PROMPTS; i++)
+        if (f->prompts[i].middle > 0)
+            text_print(t, "prompt %4d   %9.1f tok/s   (%.1f to %.1f)\n", prompt_lengths[i],
+                       prompt_lengths[i] / f->prompts[i].middle, prompt_lengths[i] / f->prompts[i].high,
+                       prompt_lengths[i] / f->prompts[i].low);
+    text_print(t, "\na pass over k tokens behind %d others, with all logits; c(k): over that of one; limit: what memory and "
+               "arithmetic allow\n", f->cached);
+    for (int i = 0; i < N_WIDTHS; i++)
+        text_print(t, "  k = %-2d      %9.3f ms   c = %.2f   %.2f of the limit\n", widths[i], 1e3 * f->passes[i].middle,
+                   f->passes[i].middle / f->passes[0].middle, f->passes[i].middle / limit_of(s, f, widths[i]));
+    text_print(t, "\nmemory        %9.2f GB/s read; a token reads %zu bytes of weights: decode has %.0f %% of what that allows\n",
+               f->bandwidth / 1e9, m->weight_bytes, 100 * (double)m->weight_bytes / f->decode.middle / f->bandwidth);
+    text_print(t, "arithmetic    %9.2f G multiply-adds/s with %s weights in cache, 8 tokens\n", f->rate / 1e9,
+               type_names[m->layers[0].gate.type]);
+    for (int i = 0; i < N_PARTS; i++)
+        total += f->parts[i];
+    text_print(t, "\na token's time by part (on the first thread)\n");
+    for (int i = 0; i < N_PARTS; i++)
+        text_print(t, "  %-18s %8.1f us  %4.1f %%\n", part_names[i], 1e6 * f->parts[i], 100 * f->parts[i] / total);
+    text_print(t, "  %-18s %8.1f us  %4.1f %%\n", "sampler", 1e6 * f->sampler, 100 * f->sampler / total);
+    text_print(t, "\nstart         %9.1f ms from opening the file to the first token, %.1f ms from disk\n", 1e3 * f->warm, 1e3 * f->cold);
+    text_print(t, "instructions  %s, %d threads; fingerprint %s\n", m->kernels->name, s->pass->team.size, f->fingerprint);
+}
+
+static void print_figures_json(struct text *t, const run_session *s, const struct figures *f)
+{
+    const run_model *m = s->model;
+    text_print(t, "{\"decode\":{\"tok_s\":%.6g,\"min\":%.6g,\"max\":%.6g},\"prompt\":{", 1 / f->decode.middle,
+               1 / f->decode.high, 1 / f->decode.low);
+    for (int i = 0; i < N_PROMPTS; i++)
+        text_print(t, "%s\"%d\":%.6g", i ? "," : "", prompt_lengths[i], prompt_lengths[i] * inverse(f->prompts[i].middle));
+    text_print(t, "},\"c\":{");
+    for (int i = 0; i < N_WIDTHS; i++)
+        text_print(t, "%s\"%d\":%.4g", i ? "," : "", widths[i], f->passes[i].middle / f->passes[0].middle);
+    text_print(t, "},\"pass_ms\":{");
+    for (int i = 0; i < N_WIDTHS; i++)
+        text_print(t, "%s\"%d\":%.5g", i ? "," : "", widths[i], 1e3 * f->passes[i].middle);
+    text_print(t, "},\"of_limit\":{");
+    for (int i = 0; i < N_WIDTHS; i++)
+        text_print(t, "%s\"%d\":%.4g", i ? "," : "", widths[i], f->passes[i].middle / limit_of(s, f, widths[i]));
+    text_print(t, "},\"parts_us\":{");
+    for (int i = 0; i < N_PARTS; i++)
+        text_print(t, "\"%s\":%.4g,", part_names[i], 1e6 * f->parts[i]);
+    text_print(t, "\"sampler\":%.4g},\"read_gb_s\":%.4g,\"gmac_s\":%.4g,\"bytes_per_token\":%zu,\"roofline\":%.4g", 1e6 * f->sampler,
+               f->bandwidth / 1e9, f->rate / 1e9, m->weight_bytes,
+               (double)m->weight_bytes / f->decode.middle / f->bandwidth);
+    text_print(t, ",\"start_ms\":{\"cold\":%.4g,\"warm\":%.4g}", 1e3 * f->cold, 1e3 * f->warm);
+    text_print(t, ",\"isa\":\"%s\",\"threads\":%d,\"fingerprint\":\"%s\"}\n", m->kernels->name, s->pass->team.size, f->fingerprint);
+}
+
+/* Decode and prompt speed behind texts of several lengths, or with each instruction set, or number of threads. */
+static int compare(const struct options *o, run_session *s, struct text *t, run_error *error)
+{
+    const struct kernels *list[4];
+    int n_isas = available_kernels(list), most = s->pass->team.size;
+    for (int i = 0;; i++) {
+        run_session *used = s;
+        struct spread one = { 0 }, prompt = { 0 };
+        char label[24];
+        int cached = o->compare == BY_CONTEXT && i ? 128 << i : 0;
+        if (o->compare == BY_CONTEXT ? cached >= s->context : i == (o->compare == BY_ISA ? n_isas : most))
+            break;
+        snprintf(label, sizeof label, "%d", o->compare == BY_CONTEXT ? cached : i + 1);
+        if (o->compare == BY_ISA) {
+            ((run_model *)(uintptr_t)s->model)->kernels = list[i]; /* nobody else uses this model */
+            snprintf(label, sizeof label, o->json ? "\"%s\"" : "%s", list[i]->name);
+        }
+        if (o->compare == BY_THREADS &&
+            !(used = run_session_open(s->model, &(run_options){ s->context, i + 1, s->cache_f32 }, error)))
+            return -1;
+        int failed = time_pass(used, cached, 1, &one, error) ||
+                     (cached + 128 <= s->context && time_pass(used, cached, 128, &prompt, error));
+        if (used != s)
+            run_session_close(used);
+        if (failed)
+            return -1;
+        text_print(t, o->json ? "%s{\"%s\":%s,\"decode_tok_s\":%.6g,\"prompt_tok_s\":%.6g}"
+                   : "%.0s%-8s %-12s decode %9.1f tok/s   prompt of 128 %9.1f tok/s\n", t->n ? "," : "{\"compare\":[",
+                   compare_names[o->compare], label, inverse(one.middle), 128 * inverse(prompt.middle));
+    }
+    text_print(t, o->json ? "]}\n" : "");
     return 0;
 }
 
 static int mode_bench(const struct options *o, run_session *s, run_error *error)
 {
-    static const int widths[] = { 1, 2, 4, 8, 16 }, prompts[] = { 128, 512 };
     struct text t = { 0 };
-    char digits[17];
-    double times[REPEATS], one = 0;
-    int room = s->context, decoded = room < 256 ? room : 256, cached = room - 16 < 256 ? room - 16 : 256;
-    if (room < 17)
-        return fail(error, "bench needs a context of at least 17"), failure(error);
-    double bandwidth = read_bandwidth(s, error);
-    if (bandwidth < 0 || fingerprint(s, digits, error) || time_decode(s, decoded, times, error))
-        return failure(error);
-    double middle = times[REPEATS / 2], share = (double)s->model->weight_bytes / middle / bandwidth;
-    text_print(&t, o->json ? "{\"decode\":{\"tok_s\":%.6g,\"min\":%.6g,\"max\":%.6g}" :
-               "decode        %9.1f tok/s  (%.1f to %.1f in %d runs of up to %d tokens)\n", 1 / middle,
-               1 / times[REPEATS - 1], 1 / times[0], REPEATS, decoded);
-    text_print(&t, o->json ? ",\"prompt\":{" : "");
-    for (int i = 0, comma = 0; i < 2; i++) {
-        if (prompts[i] > room)
-            continue;
-        if (time_pass(s, 0, prompts[i], times, error))
-            return failure(error);
-        text_print(&t, o->json ? "%s\"%d\":%.6g" : "%.0sprompt %4d   %9.1f tok/s\n", comma++ ? "," : "", prompts[i],
-                   prompts[i] / times[REPEATS / 2]);
+    struct figures f = { 0 };
+    int failed;
+    if (s->context <= LOGIT_ROWS) {
+        failed = fail(error, "bench needs a context of at least %d", LOGIT_ROWS + 1);
+    } else if (o->compare) {
+        failed = compare(o, s, &t, error);
+    } else { /* the start comes first: what has been touched cannot be forgotten */
+        failed = time_start(o, 1, &f.cold, error) || time_start(o, 0, &f.warm, error) || measure(s, &f, error);
+        if (!failed)
+            (o->json ? print_figures_json : print_figures)(&t, s, &f);
     }
-    text_print(&t, o->json ? "},\"c\":{" : "pass of k tokens, logits included, behind %d others; c(k) = its time / that of one\n", cached);
-    for (int i = 0; i < 5; i++) {
-        if (time_pass(s, cached, widths[i], times, error))
-            return failure(error);
-        one = i ? one : times[REPEATS / 2];
-        text_print(&t, o->json ? "%s\"%d\":%.4g" : "%.0s  c(%2d)       %9.2f  ", i ? "," : "", widths[i], times[REPEATS / 2] / one);
-        if (!o->json)
-            text_print(&t, "%9.3f ms\n", 1e3 * times[REPEATS / 2]);
-    }
-    text_print(&t, o->json ? "},\"read_gb_s\":%.4g,\"bytes_per_token\":%zu,\"roofline\":%.4g" :
-               "memory read   %9.2f GB/s  (a token reads %zu bytes of weights: decode is %.3g of what that allows)\n",
-               bandwidth / 1e9, s->model->weight_bytes, share);
-    text_print(&t, o->json ? ",\"isa\":\"%s\",\"threads\":%d,\"fingerprint\":\"%s\"}\n" :
-               "instructions  %s, %d threads; fingerprint %s\n", s->model->kernels->name, s->pass->team.size, digits);
-    if (!t.broken)
-        fwrite(t.data, 1, t.n, stdout);
-    free(t.data);
-    return finish_output();
+    if (failed)
+        free(t.data);
+    return failed || print_text(&t, error) ? failure(error) : finish_output();
 }
 
 /* -- quantize -- */
@@ -5456,6 +5701,7 @@ static void check_options(const struct options *o, enum mode mode)
         { o->output != NULL, mode == QUANTIZE, "-o", "quantize" },
         { o->type, mode == QUANTIZE, "--type", "quantize" },
         { o->verify, mode == INFO, "--verify", "info" },
+        { o->compare, mode == BENCH, "--compare", "bench" },
         { o->no_echo, mode == GENERATE, "--no-echo", "generate" },
         { o->n_stops, mode == GENERATE || mode == CHAT, "--stop", "generate and chat" },
     };
