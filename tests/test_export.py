@@ -373,6 +373,45 @@ class Sources(Export):
         self.refused("fewer", source, "--tokenizer", elsewhere)
         self.refused("no such file", source, "--tokenizer", elsewhere + "x")
 
+    def test_sentencepiece(self):
+        """The same BPE by scores as tokenizer.model of a folder and inside a GGUF file."""
+        words = ["<unk>", "<s>", "</s>", "<0x41>", "a", "b", "ab", "\u2581", "c", "d"]
+        kinds = [2, 3, 3, 6, 1, 1, 1, 1, 1, 4]
+        scores = [-float(i) for i in range(VOCAB)]
+
+        def field(number, data):
+            return bytes([number << 3 | 2, len(data)]) + data
+        pieces = b"".join(field(1, field(1, w.encode()) + b"\x15" + struct.pack("<f", s) + bytes([24, k]))
+                          for w, s, k in zip(words, scores, kinds))
+        folder = hf_folder("hf", config(), generation={"eos_token_id": 2})
+        path = os.path.join(folder, "tokenizer.model")
+        spm = pieces + field(2, b"\x18\2") + field(3, b"\x18\1\x20\0")
+        put(path, spm)
+        a = self.good(folder)
+        self.assertEqual(a.tensors["tokenizer.bytes"][2], b"<unk><s></s>Aabab cd")
+        self.assertEqual(list(a.tensors["tokenizer.types"][2]), kinds[:9] + [0x84])
+        self.assertEqual(a.floats("tokenizer.scores"), scores)
+        for key, want in (("tokenizer.merge", "score"), ("token.bos", "1"), ("token.add_bos", "1"),
+                          ("token.eos", "2"), ("tokenizer.unknown", "0"), ("tokenizer.strip_space", "1")):
+            self.assertEqual(a.metadata.get(key), want, key)
+        os.remove(self.out)
+        for data, word in ((pieces + field(2, b"\x18\1") + field(3, b"\x20\0"), "unigram"),
+                           (pieces + field(2, b"\x18\2"), "remove_extra_whitespaces"),
+                           (spm + field(3, b"\x20\0" + field(2, b"x")), "character map"),
+                           (spm[:-1], "ends at"), (b"\xff" * 20, "not well formed"), (b"", "unigram")):
+            put(path, data)
+            self.refused(["tokenizer.model", word], folder)
+        pairs = dict(gguf_pairs(), **{"tokenizer.ggml." + key: value for key, value in {
+            "model": "llama", "tokens": words, "scores": scores, "bos_token_id": 1, "eos_token_id": 2,
+            "token_type": [(5, struct.pack("<i", k)) for k in kinds], "unknown_token_id": 0}.items()})
+        b = self.good(put(os.path.join(fresh_folder("export", "gguf"), "x.gguf"),
+                          gguf_bytes(pairs, gguf_tensors())), "--license", "none")
+        self.assertEqual(b.metadata["license"], "none")
+        for name in ("bytes", "offsets", "scores", "added"):
+            self.assertEqual(b.tensors["tokenizer." + name], a.tensors["tokenizer." + name], name)
+        for key in ("tokenizer.merge", "token.bos", "token.add_bos", "token.eos", "tokenizer.unknown"):
+            self.assertEqual(b.metadata[key], a.metadata[key], key)
+
     def test_the_shipped_model(self):
         m = self.sound(common.STORIES)
         self.assertEqual((m.metadata["dim"], m.metadata["license"], m.metadata["token.eos"]),
