@@ -6,6 +6,7 @@ WORD. Two areas run at a time, each in a process of its own. One line a test; de
 end; the last line is "N passed, N failed" (and ", N skipped", where a compiler or an instruction set is
 missing). Exit status 1 if anything failed.
 """
+import glob
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -170,6 +171,17 @@ def run_areas(waiting, totals):
         totals.add("failed", ("test_" + area, "no process was left to run it"))
 
 
+def sweep():
+    """Removes what dead processes left of LLVM's OpenMP: a file for each process, named by its number. An
+    empty one, from a process that was killed as it began, kills the next with that number by SIGBUS."""
+    for path in glob.glob("/dev/shm/__KMP_REGISTERED_LIB_*_%d" % os.getuid()):
+        if not os.path.exists("/proc/" + path.split("_")[-2]):
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+
+
 def main(argv):
     areas = sorted(f[5:-3] for f in os.listdir(HERE) if f.startswith("test_") and f.endswith(".py"))
     wanted = [argument.split(".", 1) for argument in argv]
@@ -179,6 +191,7 @@ def main(argv):
     areas.sort(key=lambda area: LONGEST.index(area) if area in LONGEST else len(LONGEST))
     words = {area: [(w + [""])[1] for w in wanted if w[0] == area] if wanted else [""] for area in areas}
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
+    sweep()
     began, totals = time.time(), Totals()
     try:
         run_areas([(area, words[area]) for area in areas if words[area]], totals)
