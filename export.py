@@ -2114,6 +2114,15 @@ def beside(folder, *names):
     return next((p for p in paths if os.path.isfile(p)), None)
 
 
+def is_pickled(path):
+    """Whether PyTorch wrote it: a zip file, or pickles one after the other."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) in (b"PK", b"\x80\2", b"\x80\3", b"\x80\4")
+    except OSError:
+        return False
+
+
 def load_llama2c(model, path):
     version, facts = read_llama2c(path, model.unused)
     model.kind = "llama2.c, version %d" % version
@@ -2139,7 +2148,8 @@ def load_gguf(model, path):
 def load_folder(model, folder, weights=None):
     names = sorted(os.listdir(folder or "."))
     gguf = ["; give %s itself" % n for n in names if n.endswith(".gguf")]
-    pickles = ["; %s: %s" % (n, PICKLED) for n in names if n.endswith((".bin", ".pt", ".pth"))]
+    pickles = ["; %s: %s" % (n, PICKLED) for n in names
+               if n.endswith((".bin", ".pt", ".pth")) and is_pickled(os.path.join(folder, n))]
     check("config.json" in names, folder or ".", "a folder without config.json%s", *(
         gguf + pickles + ["; " + EXPECTED])[:1])
     config, index = read_json(beside(folder, "config.json")), beside(folder, "model.safetensors.index.json")
@@ -2259,6 +2269,8 @@ def describe(model):
                               in kinds.items())),
         ("output", "its own matrix" if "output.weight" in names else "tied to the embedding"),
         ("tokens", "%d, %s; end: %s" % (m["vocab_size"], merge, m.get("token.eos", "none")))]
+    if not model.tokenizer and model.options.tokenizer != "none":
+        lines.append(("note", "no tokenizer was found, so prompts will be lists of ids; --tokenizer FILE names one"))
     lines += [("note", n) for n in model.notes]
     lines += [("not used", "%s %s %s" % (t.name, t.kind, list(t.shape))) for t in model.unused.values()]
     for label, text in lines:

@@ -76,6 +76,8 @@ run_model *run_open(const char *path, run_error *error);
 void run_close(run_model *model);
 
 int run_vocab_size(const run_model *model);
+/* The token that a text begins with (BOS), or -1 if this model wants none. */
+int run_bos(const run_model *model);
 /* Positions the model was trained for. */
 int run_context_length(const run_model *model);
 /* Metadata of the file by key, or NULL. */
@@ -122,7 +124,7 @@ void run_observe(run_session *session, run_observer observer, void *context);
 
 typedef struct {
     float temperature;    /* 0: the most probable token */
-    float top_p;          /* keep the most probable tokens that reach this sum; 1: all */
+    float top_p;          /* keep the most probable tokens that reach this sum; 1: all, 0: the best */
     float min_p;          /* keep tokens at least this probable relative to the best; 0: all */
     float repeat_penalty; /* divides the logits of the last 64 tokens; 1: none */
     int top_k;            /* keep this many; 0: all */
@@ -1115,6 +1117,7 @@ run_model *run_open(const char *path, run_error *error)
 }
 
 int run_vocab_size(const run_model *m) { return m->config.vocab; }
+int run_bos(const run_model *m) { return m->config.add_bos ? m->config.bos : -1; }
 int run_context_length(const run_model *m) { return m->config.context; }
 const char *run_text(const run_model *m, const char *key) { return find_text(&m->file, key); }
 
@@ -1209,12 +1212,6 @@ INLINE uint16_t to_half(float x)
 
 INLINE float from_bf16(uint16_t b) { return from_bits((uint32_t)b << 16); }
 
-/* Rounds to nearest even and saturates, too. */
-static uint16_t to_bf16(float x)
-{
-    uint32_t rounded = bits_of(x) + 0x7fff + (bits_of(x) >> 16 & 1);
-    return (uint16_t)(((rounded & 0x7fffffff) >= 0x7f800000 ? rounded - 0x10000 : rounded) >> 16);
-}
 
 /* Round to the nearest even integer, |x| < 2^22: the sum has no bits left for a fraction. */
 INLINE float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
@@ -1391,6 +1388,24 @@ INLINE float tree(const float s[16])
     const four_floats *q = (const four_floats *)(const void *)s;
     four_floats t = (q[0] + q[2]) + (q[1] + q[3]);
     return (t[0] + t[2]) + (t[1] + t[3]);
+}
+
+/* Four of them at once: the same sums, with the last steps side by side. */
+INLINE void four_trees(float *out, float s[4][16])
+{
+    four_floats t[4];
+    for (int i = 0; i < 4; i++) {
+        const four_floats *q = (const four_floats *)(const void *)s[i];
+        t[i] = (q[0] + q[2]) + (q[1] + q[3]);
+    }
+#ifdef __x86_64__
+    __m128 ab = _mm_add_ps(_mm_movelh_ps(t[0], t[1]), _mm_movehl_ps(t[1], t[0]));   /* 0 + 2, 1 + 3 of both */
+    __m128 cd = _mm_add_ps(_mm_movelh_ps(t[2], t[3]), _mm_movehl_ps(t[3], t[2]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+#else
+    for (int i = 0; i < 4; i++)
+        out[i] = (t[i][0] + t[i][2]) + (t[i][1] + t[i][3]);
+#endif
 }
 
 /* The largest of n floats, n a positive multiple of 4. */
@@ -1683,7 +1698,7 @@ struct team {
     int active;                     /* of them in the present run */
     int usable;                     /* of them while there is a core for each */
     int patience, rest;             /* runs until one more is tried: next time, and still this time */
-    atomic_llong slept;             /* nanoseconds that threads slept at barriers in this run */
+    atomic_llong slept;             /* nanoseconds that threads waited long for others in this run */
     atomic_int next;                /* the counter */
     atomic_int arrived, sleepers;
     atomic_uint generation;         /* of the barrier */
@@ -1803,7 +1818,10 @@ static void team_run(struct team *t, int alone, void (*work)(void *, int), void 
         {
 #pragma omp single
             t->active = omp_get_num_threads();
+            if (omp_get_thread_num() == 0) /* it waited for the others to begin */
+                atomic_fetch_add(&t->slept, (long long)(1e9 * (seconds() - start)));
             work_plainly(t, omp_get_thread_num());
+            barrier(t);
         }
 #else
         announce(t, &t->job, (atomic_load(&t->job) / (2 * MOST_THREADS) + 1) * 2 * MOST_THREADS + (unsigned)t->active);
@@ -2928,6 +2946,13 @@ int run_generate(run_session *s, const run_generation *how, run_result *result, 
 
 #ifndef RUN_LIBRARY
 
+/* Rounds to nearest even and saturates, as to_half() does. */
+static uint16_t to_bf16(float x)
+{
+    uint32_t rounded = bits_of(x) + 0x7fff + (bits_of(x) >> 16 & 1);
+    return (uint16_t)(((rounded & 0x7fffffff) >= 0x7f800000 ? rounded - 0x10000 : rounded) >> 16);
+}
+
 /* -- decoding GGML's blocks; layouts as in ggml-quants.c of llama.cpp -- */
 
 static float half_at(const unsigned char *b) { return from_half(load_u16(b)); }
@@ -3955,35 +3980,55 @@ INLINE vf SET(weights)(const unsigned char *data, size_t i, const enum type type
     return SET(shifted)(data + 2 * i);
 }
 
-/* ROWS x n dot products: sixteen partial sums each, in PARTS vectors. [N3] */
+/* s[row][token] += weights * x, LANES columns from k on. */
+INLINE void SET(accumulate)(vf s[4][FLOAT_TOKENS], const struct matrix *w, size_t row, int k, const float *x, size_t stride,
+                            const int rows, const int n, const enum type type)
+{
+    for (int i = 0; i < rows; i++) {
+        vf weights = SET(weights)(w->data, (row + (size_t)i) * (size_t)w->cols + (size_t)k, type);
+        if (n > 1)
+            __asm__("" : "+" VECTOR_REGISTER(weights));     /* or gcc loads it once for every token */
+        for (int r = 0; r < n; r++)
+            s[i][r] = SET(fma_v)(weights, *(const vf *)(x + (size_t)r * stride + k), s[i][r]);
+    }
+}
+
+/* rows x n dot products, rows 1 or 4: sixteen partial sums each, in PARTS vectors. Several tokens
+   have registers for one part at a time. [N3] */
 INLINE void SET(dots)(float *tile, const struct matrix *w, size_t row, const struct input *x, int r0,
                       const int rows, const int n, const enum type type)
 {
-    vf s[4][4][PARTS];
-    int k = 0, cols = w->cols;
+    float sums[FLOAT_TOKENS][4][16];
+    int cols = w->cols, whole = cols / 16 * 16, together = n > 1 ? 1 : PARTS;
     const float *from = x->x + (size_t)r0 * x->stride;
-    for (int i = 0; i < rows; i++)
-        for (int r = 0; r < n; r++)
-            for (int part = 0; part < PARTS; part++)
-                s[i][r][part] = (vf){ 0 };
-    for (; k + 16 <= cols; k += 16)
-        for (int part = 0; part < PARTS; part++)
-            for (int i = 0; i < rows; i++) {
-                vf weights = SET(weights)(w->data, (row + (size_t)i) * (size_t)cols + (size_t)(k + part * LANES), type);
+    for (int first = 0; first < PARTS; first += together) {
+        vf s[PARTS][4][FLOAT_TOKENS];
+        for (int part = 0; part < together; part++)
+            for (int i = 0; i < rows; i++)
                 for (int r = 0; r < n; r++)
-                    s[i][r][part] = SET(fma_v)(weights, *(const vf *)(from + (size_t)r * x->stride + k + part * LANES),
-                                               s[i][r][part]);
-            }
-    for (int i = 0; i < rows; i++)
-        for (int r = 0; r < n; r++) {
-            float sums[16];
-            for (int part = 0; part < PARTS; part++)
-                *(vf *)(sums + part * LANES) = s[i][r][part];
-            for (int rest = k; rest < cols; rest++)
-                sums[rest - k] = fma_(float_weight(w, (row + (size_t)i) * (size_t)cols + (size_t)rest),
-                                      from[(size_t)r * x->stride + (size_t)rest], sums[rest - k]);
-            tile[r * STRIP + i] = tree(sums);
+                    s[part][i][r] = (vf){ 0 };
+        for (int k = first * LANES; k < whole; k += 16)
+            for (int part = 0; part < together; part++)
+                SET(accumulate)(s[part], w, row, k + part * LANES, from, x->stride, rows, n, type);
+        for (int part = 0; part < together; part++) {
+            int k = whole + (first + part) * LANES;
+            if (k + LANES <= cols)
+                SET(accumulate)(s[part], w, row, k, from, x->stride, rows, n, type);
+            for (int i = 0; i < rows; i++)
+                for (int r = 0; r < n; r++)
+                    *(vf *)(sums[r][i] + (first + part) * LANES) = s[part][i][r];
         }
+    }
+    for (int r = 0; r < n; r++) {
+        for (int i = 0; i < rows; i++)
+            for (int k = cols / LANES * LANES; k < cols; k++)
+                sums[r][i][k - whole] = fma_(float_weight(w, (row + (size_t)i) * (size_t)cols + (size_t)k),
+                                             from[(size_t)r * x->stride + (size_t)k], sums[r][i][k - whole]);
+        if (rows == 4)
+            four_trees(tile + r * STRIP, sums[r]);
+        else
+            tile[r * STRIP] = tree(sums[r][0]);
+    }
 }
 
 /* As many sums at once as there are registers for. */
@@ -4142,6 +4187,12 @@ TARGET_END
 
 #define PREFETCH (24 * 576) /* bytes ahead: far enough for memory, near enough to stay in the first cache */
 
+#ifdef __x86_64__
+#define VECTOR_REGISTER "v" /* as inline assembly calls it */
+#else
+#define VECTOR_REGISTER "w"
+#endif
+
 #define PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
 #define TARGET_BEGIN(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
@@ -4158,7 +4209,7 @@ TARGET_END
 #define KERNELS_NAME "avx2"
 #define KERNELS_TARGET "avx2,fma,f16c"
 #define LANES 8
-#define FLOAT_TOKENS 1
+#define FLOAT_TOKENS 2
 #include "run.c"
 
 #define RUN_KERNELS AVXVNNI
@@ -4167,7 +4218,7 @@ TARGET_END
 #define KERNELS_REST AVX2
 #define KERNELS_TARGET "avx2,fma,f16c,avxvnni"
 #define LANES 8
-#define FLOAT_TOKENS 1
+#define FLOAT_TOKENS 2
 #include "run.c"
 
 #define RUN_KERNELS AVX512
@@ -4197,7 +4248,7 @@ static int has_avxvnni(void)
 #define KERNELS_NEON
 #define KERNELS_NAME "neon"
 #define LANES 4
-#define FLOAT_TOKENS 1
+#define FLOAT_TOKENS 2
 #include "run.c"
 
 #define RUN_KERNELS DOTPROD
@@ -4210,7 +4261,7 @@ static int has_avxvnni(void)
 #endif
 #define KERNELS_REST NEON
 #define LANES 4
-#define FLOAT_TOKENS 1
+#define FLOAT_TOKENS 2
 #include "run.c"
 
 static int has_dotprod(void)
@@ -4278,7 +4329,7 @@ static const char usage_text[] =
     "text\n"
     "  -i TEXT               prompt, byte for byte\n"
     "  -f FILE               prompt from a file (- for standard input)\n"
-    "  -y TEXT               system prompt (chat; default: the model's own)\n"
+    "  -y TEXT               system prompt (chat; without, or empty: the model's own)\n"
     "  -n N                  tokens to generate, 0: until the context is full (generate 256, chat 0)\n"
     "  --stop TEXT           end before this text; may be repeated\n"
     "  --special             the prompt may contain control tokens, the output shows them\n"
@@ -4400,8 +4451,12 @@ static void set_option(struct options *o, const struct option *option, const cha
     case WORD:
         for (whole = 0; option->words[whole] && strcmp(value, option->words[whole]); whole++)
             ;
-        if (!option->words[whole])
-            wrong_usage("%s does not take \"%s\"", option->name, value);
+        if (!option->words[whole]) {
+            char all[200] = "";
+            for (int i = 0; option->words[i]; i++)
+                snprintf(all + strlen(all), sizeof all - strlen(all), "%s%s", i ? ", " : "", option->words[i]);
+            wrong_usage("%s takes one of %s, not \"%s\"", option->name, all, value);
+        }
         break;
     case FLAG:
         break;
@@ -4803,7 +4858,8 @@ static int answer(struct output *o, const int *ids, int n, int max_tokens, run_r
         common++;
     *result = (run_result){ .stop = RUN_CANCELLED };
     if (n > s->context)
-        return fail(error, "the context is full: the prompt has %d tokens, the context %d positions (-c)", n, s->context);
+        return fail(error, "the prompt has %d tokens, the context only %d positions (-c; in a conversation /reset makes room)", n,
+                    s->context);
     double start = seconds();
     interrupted = 0;
     if (run_rewind(s, common, error) || read_in(s, ids + common, n - common, error))
@@ -4933,7 +4989,7 @@ static int chat_turn(struct chat *c, const struct options *o, run_session *s, st
         putchar('\n');
         fflush(stdout);
         if (result->stop == RUN_CONTEXT)
-            fprintf(stderr, "(the context of %d tokens is full; /reset begins anew)\n", s->context);
+            fprintf(stderr, "(the context of %d tokens is full)\n", s->context);
     }
     if (!failed)
         failed = chat_add(c, ASSISTANT, out.text.data ? out.text.data : "", out.text.n, error);
@@ -4978,7 +5034,7 @@ static const char chat_help[] =
     "/system TEXT    forget it and set the system prompt (no text: the model's own)\n"
     "/regen          another answer to the last question\n"
     "/stats          speed of the last answer, tokens in the context\n"
-    "/exit           leave (or Ctrl-D); Ctrl-C stops an answer\n"
+    "/exit, /quit    leave (or Ctrl-D); Ctrl-C stops an answer\n"
     "A line that ends in \\ goes on in the next one.\n";
 
 static int converse(const struct options *o, run_session *s, struct chat *c, run_error *error)
@@ -4998,6 +5054,8 @@ static int converse(const struct options *o, run_session *s, struct chat *c, run
             fprintf(stderr, "> ");
         if (!read_line(&line))
             break;
+        while (line.data[0] == '/' && line.data[line.n - 1] == ' ')
+            line.data[--line.n] = '\0';
         if (!strcmp(line.data, "/exit") || !strcmp(line.data, "/quit")) {
             break;
         } else if (!strcmp(line.data, "/help")) {
@@ -5543,10 +5601,10 @@ static void print_figures(struct text *t, const run_session *s, const struct fig
             text_print(t, "prompt %4d   %9.1f tok/s   (%.1f to %.1f)\n", prompt_lengths[i],
                        prompt_lengths[i] / f->prompts[i].middle, prompt_lengths[i] / f->prompts[i].high,
                        prompt_lengths[i] / f->prompts[i].low);
-    text_print(t, "\na pass over k tokens behind %d others, with all logits; c(k): over that of one; limit: what memory and "
-               "arithmetic allow\n", f->cached);
+    text_print(t, "\na pass over k tokens behind %d others, with all logits: its time, c(k), which is that over the time for\n"
+               "one token, and how often the least time fits in that memory and arithmetic allow\n", f->cached);
     for (int i = 0; i < N_WIDTHS; i++)
-        text_print(t, "  k = %-2d      %9.3f ms   c = %.2f   %.2f of the limit\n", widths[i], 1e3 * f->passes[i].middle,
+        text_print(t, "  k = %-2d      %9.3f ms   c = %.2f   %.2f times the least\n", widths[i], 1e3 * f->passes[i].middle,
                    f->passes[i].middle / f->passes[0].middle, f->passes[i].middle / limit_of(s, f, widths[i]));
     text_print(t, "\nmemory        %9.2f GB/s read; a token reads %zu bytes of weights: decode has %.0f %% of what that allows\n",
                f->bandwidth / 1e9, m->weight_bytes, 100 * (double)m->weight_bytes / f->decode.middle / f->bandwidth);
@@ -5693,7 +5751,7 @@ static int mode_quantize(const struct options *o, run_error *error)
     return failed ? failure(error) : 0;
 }
 
-/* An option that the mode would ignore is a mistake. */
+/* What only one mode can do is a mistake elsewhere. */
 static void check_options(const struct options *o, enum mode mode)
 {
     const struct { int given, fits; const char *name, *where; } rules[] = {

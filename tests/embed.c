@@ -14,13 +14,13 @@ int main(int argc, char **argv)
     const char *path = argc > 1 ? argv[1] : "models/stories260K.bin", *prompt = argc > 2 ? argv[2] : "Once upon a time";
     run_error error;
     run_generation how = { { .repeat_penalty = 1 }, .max_tokens = 50, .callback = print };
-    int *ids = NULL, bos = 1, n = -1;
+    int *ids = NULL, bos = -1, n = -1;
     run_model *model = run_open(path, &error);
     run_session *session = model ? run_session_open(model, NULL, &error) : NULL;
     if (session)
-        n = run_tokenize(model, prompt, strlen(prompt), 0, &ids, &error);
+        bos = run_bos(model), n = run_tokenize(model, prompt, strlen(prompt), 0, &ids, &error);
     printf("%s", prompt);
-    if (n < 0 || run_eval(session, &bos, 1, &error) || (n && run_eval(session, ids, n, &error)) ||
+    if (n < 0 || (bos >= 0 && run_eval(session, &bos, 1, &error)) || (n && run_eval(session, ids, n, &error)) ||
         run_generate(session, &how, NULL, &error)) {
         fprintf(stderr, "%s\n", error.text);
         return 1;

@@ -25,9 +25,8 @@ MISTAKES = [
      "s[k % 16]);",
      "{ int j = mutant == M ? k % 8 : k % 16; s[j] = fma_(float_weight(w, at + (size_t)k), "
      "x->x[(size_t)(r0 + r) * x->stride + (size_t)k], s[j]); }"),
-    ("vector sums without the tree", "tile[r * STRIP + i] = tree(sums);",
-     "{ float all = 0; for (int j = 0; j < 16; j++) all += sums[j]; "
-     "tile[r * STRIP + i] = mutant == M ? all : tree(sums); }"),
+    ("vector sums without the tree", "t[i] = (q[0] + q[2]) + (q[1] + q[3]);",
+     "t[i] = mutant == M ? (q[0] + q[1]) + (q[2] + q[3]) : (q[0] + q[2]) + (q[1] + q[3]);"),
     ("groups of columns in descending order",
      "for (int group = 0; group < 2 * (int)blocks(w->cols); group++) {",
      "for (int j = 0; j < 2 * (int)blocks(w->cols); j++) {"

@@ -180,7 +180,7 @@ class Generate(unittest.TestCase):
         self.assertIn(b"context of 40 tokens is full", p.stderr)
         p = run([STORIES, "-i", PROMPT * 20, "-n", "1", "-c", "40"] + GREEDY)
         self.assertEqual(p.returncode, 1)
-        self.assertIn(b"run: the context is full", p.stderr)
+        self.assertIn(b"run: the prompt has ", p.stderr)
         n = len(out["prompt_ids"])
         self.assertEqual(generated("-i", PROMPT, "-c", str(n), "-t", "0")["stop"], "context")
         p = run([STORIES, "-i", PROMPT, "-n", "1", "-c", "600"] + GREEDY)

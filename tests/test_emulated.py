@@ -62,6 +62,7 @@ KINDS = ("f32", "f16", "bf16", "q4", "q4a", "q8")
 
 # What stands in run.c exactly once, and what becomes of it.
 CHANGES = [
+    ('#define VECTOR_REGISTER "v"', '#define VECTOR_REGISTER "m"'),
     ('"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"', '"avx2,fma,f16c"'),
     ('"avx2,fma,f16c,avxvnni"', '"avx2,fma,f16c"'),
     ("_mm512_cvtph_ps(_mm256_loadu_si256(at))", "emulated_halves(at)"),

@@ -1019,7 +1019,7 @@ class Hostile(Export):
             with self.subTest(name=name, word=word):
                 self.refused(word, put(os.path.join(folder, name), data))
         self.refused("no such file", os.path.join(folder, "none.gguf"))
-        for word, gone in (("give m.gguf itself", ["m.gguf"]), ("m.bin: pickled", ["m.bin", "m.pt"]),
+        for word, gone in (("give m.gguf itself", ["m.gguf"]), ("config.json; m.pt: pickled", ["m.bin", "m.pt"]),
                            ("org/name", [])):
             self.refused(["without config.json", word], folder)
             for name in gone:
