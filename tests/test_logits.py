@@ -1,4 +1,7 @@
-"""Logits of small random models of every architecture against torch's in float32 (make_models.py)."""
+"""Logits of small random models of every architecture against torch's in float32 (make_models.py).
+
+Models of direct/ are run.c files as they stand, with what export.py never asks for (make_direct.py).
+"""
 import json
 import os
 import struct
@@ -6,8 +9,10 @@ import unittest
 import zlib
 
 from common import FIXTURES, build, export, ok, scratch
+from engine import isas
 
 MODELS = os.path.join(FIXTURES, "models")
+DIRECT = os.path.join(FIXTURES, "direct")
 TOLERANCE = 1e-4
 CHUNKS = (0, 7, 1)  # 0: all in one
 
@@ -15,19 +20,22 @@ CHUNKS = (0, 7, 1)  # 0: all in one
 class Logits(unittest.TestCase):
 
     def one(self, name, source):
-        folder = os.path.join(MODELS, name)
-        with open(os.path.join(folder, "expected.json")) as f:
+        model = scratch("logits", os.path.basename(source) + ".bin")
+        if os.path.exists(model):
+            os.remove(model)
+        export([source, "-o", model])
+        self.compare(model, os.path.join(MODELS, name, "expected"))
+
+    def compare(self, model, reference):
+        """Every logit of a model file with those of reference.json and .f32z; the same bits in any chunks."""
+        with open(reference + ".json") as f:
             expected = json.load(f)
-        with open(os.path.join(folder, "expected.f32z"), "rb") as f:
+        with open(reference + ".f32z", "rb") as f:
             data = zlib.decompress(f.read())
         ids, positions = expected["ids"], expected["positions"]
         vocab = len(data) // 4 // len(positions)
         wanted = struct.unpack("<%df" % (len(data) // 4), data)
         self.assertEqual(len(wanted), vocab * len(positions))
-        model = scratch("logits", os.path.basename(source) + ".bin")
-        if os.path.exists(model):
-            os.remove(model)
-        export([source, "-o", model])
         program = build("logits", "tests/logits.c")
         outputs = [ok([model, chunk or len(ids)] + ids, program=program) for chunk in CHUNKS]
         self.assertEqual(len(outputs[0]), len(ids) * vocab * 4)
@@ -41,6 +49,23 @@ class Logits(unittest.TestCase):
         self.assertTrue(worst[0] <= TOLERANCE, "off by %g at (position, id, logit, expected) %s" % worst)
         for chunk, output in zip(CHUNKS[1:], outputs[1:]):
             self.assertTrue(output == outputs[0], "chunks of %d give other bits" % chunk)
+        return ids, outputs[0]
+
+    def direct(self, name):
+        path = os.path.join(DIRECT, name)
+        ids, output = self.compare(path + ".safetensors", path)
+        for isa in isas():
+            again = ok([path + ".safetensors", 7] + ids, program=build("logits", "tests/logits.c"),
+                       env={"RUN_ISA": isa})
+            self.assertTrue(again == output, "%s gives other bits" % isa)
+
+    def test_gemma2(self):
+        """Soft caps, norms behind both branches, windows in some layers, gelu_tanh, scaled embeddings."""
+        self.direct("gemma2")
+
+    def test_granite(self):
+        """Scales of embeddings, attention and logits; gelu."""
+        self.direct("granite")
 
 
 def add(name, source):
