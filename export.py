@@ -135,12 +135,15 @@ def parse_json(data, what):
             raise ValueError("a name occurs twice in one object")
         return dict(pairs)
 
-    def whole(text):                                    # NaN and Infinity come here, too
+    def whole(text):
         if len(text) > 400:
             raise ValueError("a number of %d digits" % len(text))
         return int(text)
+
+    def no_number(text):
+        raise ValueError("%s is no number of JSON" % text)
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole, parse_constant=whole)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole, parse_constant=no_number)
     except (ValueError, RecursionError) as error:       # also UnicodeDecodeError, JSONDecodeError
         raise Refused("%s: not valid JSON, or nested too deeply: %s" % (what, error))
 
@@ -360,7 +363,7 @@ HARMLESS = (
     r"task_specific_params|model_max_length|gradient_checkpointing|unsloth_(version|fixed)|num_beams|"
     r"num_beam_groups|num_return_sequences|max_length|min_length|do_sample|temperature|top_[kp]|typical_p)$")
 ROPE_HARMLESS = r"(finetuned|original_max_position_embeddings|attention_factor|beta_fast|beta_slow)$"
-ROPE_RULES = "default linear dynamic llama3 yarn longrope su factors".split()
+ROPE_RULES = "default linear dynamic llama3 yarn longrope su".split()
 GGUF_ROPE_TENSORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor",
                      "rope_freqs.weight": "factors"}    # the last one wins
 GGUF_HARMLESS = (r"(tensor_data_layout|attention\.(causal|value_length|layer_norm_epsilon)|"
@@ -434,10 +437,10 @@ def scaled_rope(model, rule, f, freqs, base):
               for d in divisors), f.what, "%d RoPE factors are needed, from 1e-6 to 1e9", len(freqs))
         return [x / d for x, d in zip(freqs, divisors)]
 
+    if f.what == "rope_freqs.weight":                   # GGUF's form of llama3: the divisors themselves
+        return divided(f.take("factors", list)), 1.0
     check(rule in ROPE_RULES, f.what, "rule %s; known: %s", rule, " ".join(ROPE_RULES))
     context = float(model.meta["context_length"])
-    if rule == "factors":                               # GGUF's form of llama3: the divisors themselves
-        return divided(f.take("factors", list)), 1.0
     if rule == "linear":
         return divided([number("factor")] * len(freqs)), 1.0
     if rule == "dynamic":                               # begins to scale beyond the context of the model
@@ -478,6 +481,7 @@ def rope(model, rule, scaling, base, dims):
         freqs, attention = scaled_rope(model, rule, scaling, freqs, base)
     if attention != 1:
         model.meta["rope.attention_factor"] = repr(attention)
+    check(all(0 <= x <= 16 for x in freqs), scaling.what, "frequencies above 16 radians a position")
     if rule not in ("default", "dynamic"):
         data = struct.pack("<%df" % len(freqs), *freqs)
         model.tensors.append(Tensor("rope.freqs", "F32", (len(freqs),), data=data))
@@ -1719,17 +1723,18 @@ class ChatTemplate:
 # -- The format, as strings
 
 def render_format(chat, messages):
-    """The rule of run.c: what a conversation becomes under chat.* metadata. An empty system text is none."""
+    """The rule of run.c: what a conversation becomes under chat.* metadata. An empty system text is none, unless
+    chat.system.empty says that it is kept."""
     def get(key):
         return chat.get("chat." + key, "")
 
     def strip(role, text):
         return text.strip() if role in get("trim").split() else text
 
-    head = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    head = messages[0]["content"] if messages[0]["role"] == "system" else None
+    head = head if head or (head == "" and get("system.empty") == "kept") else chat.get("chat.system.default")
     turns = [m for m in messages if m["role"] != "system"]
-    block = get("system.before") + strip("system", head or get("system.default")) + get("system.after")
-    block = block if head or "chat.system.default" in chat else ""
+    block = "" if head is None else get("system.before") + strip("system", head) + get("system.after")
     where = {"first": 0, "last": len(turns) - 1}.get(get("system.place"))   # the last turn is the user's
     out = get("begin") + (block if get("system.place") == "start" else "")
     for i, turn in enumerate(turns):
@@ -1866,6 +1871,12 @@ def chat_from_template(template, special):
                 for trim in ("", "newlines", "space")]
         chat = agreeing([chat] + cuts, [chat_messages(None, "U", x, "V") for x in (
             "x</think>\n\ny ", "x</think>\n\ny</think>\n z\n", "x</think> \ny")])
+    if place:
+        try:
+            chat = agreeing([chat, dict(chat, **{"chat.system.empty": "kept"})],
+                            [[{"role": "system", "content": ""}] + chat_messages(None, *texts[:3])])
+        except ChatRaised:
+            pass
     for messages in chat_probes(program.literals):
         try:
             what = difference(chat, messages)
@@ -2105,7 +2116,7 @@ FOREIGN = ((rb"\x80[\2-\5]|\(dp", PICKLED), (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF",
            (rb"\x1f\x8b|BZh|7z|\xfd7zXZ", "a compressed file: unpack it first"),
            (rb"version ht", "a Git LFS pointer in place of the file: git lfs pull fetches it"),
            (rb"\s*<", "a web page, not the file that it leads to"), (rb"%PDF", "a document"),
-           (rb"\s*[{\[]", "JSON; give the folder that it is in"), (rb"[\t-\r -~]{10}", "a text"))
+           (rb"\s*[{\[]\s*[\"\]}\[{0-9-]", "JSON; give the folder that it is in"), (rb"[\t-\r -~]{10}", "a text"))
 
 
 def beside(folder, *names):

@@ -1689,7 +1689,7 @@ static const struct kernels kernels_scalar = {
 
    When another program takes a core away, a thread may be missing for milliseconds, and all others
    wait for it at the next barrier: two threads are then slower than one. The team notices that its
-   threads slept for long, does without one of them for a while, and tries again. */
+   threads slept for long, does without some of them for a while, and tries again. */
 
 enum { MOST_THREADS = 1024 };
 
@@ -1698,6 +1698,7 @@ struct team {
     int active;                     /* of them in the present run */
     int usable;                     /* of them while there is a core for each */
     int patience, rest;             /* runs until one more is tried: next time, and still this time */
+    double runs, took;              /* so far, but for small ones, and the active threads of all of them */
     atomic_llong slept;             /* nanoseconds that threads waited long for others in this run */
     atomic_int next;                /* the counter */
     atomic_int arrived, sleepers;
@@ -1787,11 +1788,13 @@ static void work_plainly(struct team *t, int me)
     set_float_mode(before);
 }
 
-/* Chooses how many threads take part in the next runs, after one that took so long. */
+/* Chooses how many threads take part in the next runs, after one that took so long: as many fewer as
+   waited, on average, for those without a core. */
 static void adapt(struct team *t, double time)
 {
-    if (t->active > 1 && (double)t->slept > 0.2e9 * time * t->active) {
-        t->usable = t->active - 1;
+    double waiting = 1e-9 * (double)t->slept / time; /* threads */
+    if (t->active > 1 && waiting > 0.2 * t->active) {
+        t->usable = waiting < 1 ? t->active - 1 : waiting < t->active - 1 ? t->active - (int)waiting : 1;
         t->rest = t->patience = t->patience < 8 ? 8 : t->patience < 512 ? 2 * t->patience : 1024;
     } else if (t->usable == t->size) {
         t->patience /= 2;
@@ -1829,8 +1832,11 @@ static void team_run(struct team *t, int alone, void (*work)(void *, int), void 
         barrier(t);
 #endif
     }
-    if (!alone && t->size > 1)
+    if (!alone && t->size > 1) {
+        t->runs++;
+        t->took += t->active;
         adapt(t, seconds() - start);
+    }
 }
 
 #ifndef _OPENMP
@@ -1875,7 +1881,8 @@ static int team_open(struct team *t, int size, run_error *error)
     pthread_mutex_init(&t->mutex, NULL);
     pthread_cond_init(&t->wake, NULL);
     t->size = t->active = 1;
-    t->usable = size;
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    t->usable = cores > 0 && size > 4 * cores ? (int)(4 * cores) : size; /* to begin with */
 #ifdef _OPENMP
     (void)error;
     t->size = size;
@@ -3339,7 +3346,7 @@ static void pack_strip(struct packing *p, int strip, float *rows, unsigned char 
     for (int group = 0; group < 2 * (int)blocks(m->cols); group++) {
         struct grid g = { 0 };
         float w[GROUP][STRIP];
-        int exact = group * GROUP + GROUP <= m->cols;
+        int exact = group * GROUP + (m->type < Q4 || m->type == RAW ? GROUP : 1) <= m->cols; /* packed ones are padded */
         for (int r = 0; r < STRIP; r++)
             for (int i = 0; i < GROUP; i++)
                 w[i][r] = rows[(size_t)r * width + (size_t)(group * GROUP + i)];
@@ -4329,7 +4336,7 @@ static const char usage_text[] =
     "text\n"
     "  -i TEXT               prompt, byte for byte\n"
     "  -f FILE               prompt from a file (- for standard input)\n"
-    "  -y TEXT               system prompt (chat; without, or empty: the model's own)\n"
+    "  -y TEXT               system prompt (chat; default: the model's own)\n"
     "  -n N                  tokens to generate, 0: until the context is full (generate 256, chat 0)\n"
     "  --stop TEXT           end before this text; may be repeated\n"
     "  --special             the prompt may contain control tokens, the output shows them\n"
@@ -4369,6 +4376,8 @@ struct options {
     int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max, compare;
     run_sampling sampling;
 };
+
+static int finish_output(void);
 
 __attribute__((format(printf, 1, 2), noreturn))
 static void wrong_usage(const char *format, ...)
@@ -4471,7 +4480,7 @@ static struct options parse_options(int n, char **words)
     for (int i = 1; i < n; i++) {
         if (!strcmp(words[i], "-h") || !strcmp(words[i], "--help")) {
             fputs(usage_text, stdout);
-            exit(0);
+            exit(finish_output());
         }
         if (words[i][0] != '-' || !words[i][1]) {
             if (o.model)
@@ -4691,7 +4700,8 @@ static void add_system(struct rendering *r, const struct message *system)
     add_fixed(r, "chat.system.after");
 }
 
-/* begin, system, turns, and the beginning of the answer. An empty system prompt is none. */
+/* begin, system, turns, and the beginning of the answer. An empty system prompt is none, unless the
+   format keeps it. */
 static int render_chat(const struct chat *c, struct rendering *r)
 {
     const char *place = format_text(c->model, "chat.system.place"), *standard = run_text(c->model, "chat.system.default");
@@ -4699,7 +4709,8 @@ static int render_chat(const struct chat *c, struct rendering *r)
     const struct message *system = standard ? &default_system : NULL;
     int turns = 0;
     *r = (struct rendering){ .model = c->model };
-    if (c->n && c->messages[0].role == SYSTEM && c->messages[0].length)
+    if (c->n && c->messages[0].role == SYSTEM &&
+        (c->messages[0].length || !strcmp(format_text(c->model, "chat.system.empty"), "kept")))
         system = &c->messages[0];
     add_fixed(r, "chat.begin");
     if (system && !strcmp(place, "start"))
@@ -5482,6 +5493,8 @@ static int time_pass(run_session *s, int cached, int k, struct spread *time, run
 {
     int ids[1024], most = k <= LOGIT_ROWS ? 40 : 1;
     double times[REPEATS];
+    if (isatty(2))
+        fprintf(stderr, "\rmeasuring a pass over %d tokens behind %d %8s\r", k, cached, "");
     for (int i = 0; i < 1024; i++)
         ids[i] = (int)((int64_t)i * 7919 % s->model->config.vocab);
     if (run_rewind(s, cached < s->length ? cached : s->length, error))
@@ -5617,7 +5630,11 @@ static void print_figures(struct text *t, const run_session *s, const struct fig
         text_print(t, "  %-18s %8.1f us  %4.1f %%\n", part_names[i], 1e6 * f->parts[i], 100 * f->parts[i] / total);
     text_print(t, "  %-18s %8.1f us  %4.1f %%\n", "sampler", 1e6 * f->sampler, 100 * f->sampler / total);
     text_print(t, "\nstart         %9.1f ms from opening the file to the first token, %.1f ms from disk\n", 1e3 * f->warm, 1e3 * f->cold);
-    text_print(t, "instructions  %s, %d threads; fingerprint %s\n", m->kernels->name, s->pass->team.size, f->fingerprint);
+    const struct team *team = &s->pass->team;
+    text_print(t, "instructions  %s, %d threads", m->kernels->name, team->size);
+    if (team->took < 0.99 * team->size * team->runs)
+        text_print(t, " (%.2f took part, since others kept the cores busy)", team->took / team->runs);
+    text_print(t, "; fingerprint %s\n", f->fingerprint);
 }
 
 static void print_figures_json(struct text *t, const run_session *s, const struct figures *f)
@@ -5633,7 +5650,7 @@ static void print_figures_json(struct text *t, const run_session *s, const struc
     text_print(t, "},\"pass_ms\":{");
     for (int i = 0; i < N_WIDTHS; i++)
         text_print(t, "%s\"%d\":%.5g", i ? "," : "", widths[i], 1e3 * f->passes[i].middle);
-    text_print(t, "},\"of_limit\":{");
+    text_print(t, "},\"times_least\":{");
     for (int i = 0; i < N_WIDTHS; i++)
         text_print(t, "%s\"%d\":%.4g", i ? "," : "", widths[i], f->passes[i].middle / limit_of(s, f, widths[i]));
     text_print(t, "},\"parts_us\":{");
@@ -5672,9 +5689,10 @@ static int compare(const struct options *o, run_session *s, struct text *t, run_
             run_session_close(used);
         if (failed)
             return -1;
-        text_print(t, o->json ? "%s{\"%s\":%s,\"decode_tok_s\":%.6g,\"prompt_tok_s\":%.6g}"
-                   : "%.0s%-8s %-12s decode %9.1f tok/s   prompt of 128 %9.1f tok/s\n", t->n ? "," : "{\"compare\":[",
-                   compare_names[o->compare], label, inverse(one.middle), 128 * inverse(prompt.middle));
+        text_print(t, o->json ? "%s{\"%s\":%s,\"decode_tok_s\":%.6g,\"prompt_tok_s\":%.6g}" : "%.0s%-8s %-12s decode %9.1f tok/s",
+                   t->n ? "," : "{\"compare\":[", compare_names[o->compare], label, inverse(one.middle), 128 * inverse(prompt.middle));
+        if (!o->json)
+            text_print(t, prompt.middle > 0 ? "   prompt of 128 %9.1f tok/s\n" : "\n", 128 * inverse(prompt.middle));
     }
     text_print(t, o->json ? "]}\n" : "");
     return 0;
@@ -5694,6 +5712,8 @@ static int mode_bench(const struct options *o, run_session *s, run_error *error)
         if (!failed)
             (o->json ? print_figures_json : print_figures)(&t, s, &f);
     }
+    if (isatty(2))
+        fprintf(stderr, "%60s\r", "");
     if (failed)
         free(t.data);
     return failed || print_text(&t, error) ? failure(error) : finish_output();

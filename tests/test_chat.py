@@ -21,7 +21,8 @@ MUST = """smollm2 chatml qwen1.5 qwen2 qwen2.5 qwen3 llama2 llama2-trim llama3 l
 CHATML = {"chat.user.before": "<|im_start|>user\n", "chat.user.after": "<|im_end|>\n",
           "chat.assistant.before": "<|im_start|>assistant\n", "chat.assistant.after": "<|im_end|>\n",
           "chat.generate": "<|im_start|>assistant\n", "chat.system.place": "start",
-          "chat.system.before": "<|im_start|>system\n", "chat.system.after": "<|im_end|>\n"}
+          "chat.system.before": "<|im_start|>system\n", "chat.system.after": "<|im_end|>\n",
+          "chat.system.empty": "kept"}
 SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 EXACT = {                       # some formats string by string
     "chatml": CHATML, "smollm2": dict(CHATML, **{"chat.system.default": SMOLLM2}),
@@ -32,22 +33,23 @@ EXACT = {                       # some formats string by string
                      "chat.assistant.after": "</s> "},
     "mistral-v3": {"chat.begin": "<s>", "chat.user.before": "[INST] ", "chat.user.after": "[/INST]",
                    "chat.assistant.before": " ", "chat.assistant.after": "</s>", "chat.trim": "assistant",
-                   "chat.system.place": "last", "chat.system.after": "\n\n"},
+                   "chat.system.place": "last", "chat.system.after": "\n\n", "chat.system.empty": "kept"},
     "llama2": {"chat.user.before": "<s>[INST] ", "chat.user.after": " [/INST]", "chat.assistant.before": " ",
                "chat.assistant.after": " </s>", "chat.system.place": "first",
                "chat.system.before": "<<SYS>>\n", "chat.system.after": "\n<</SYS>>\n\n",
-               "chat.trim": "turn assistant"},
+               "chat.system.empty": "kept", "chat.trim": "turn assistant"},
     "llama3": {"chat.begin": "<|begin_of_text|>", "chat.trim": "user system assistant",
                "chat.user.before": "<|start_header_id|>user<|end_header_id|>\n\n",
                "chat.user.after": "<|eot_id|>", "chat.assistant.after": "<|eot_id|>",
                "chat.assistant.before": "<|start_header_id|>assistant<|end_header_id|>\n\n",
                "chat.generate": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-               "chat.system.place": "start", "chat.system.after": "<|eot_id|>",
+               "chat.system.place": "start", "chat.system.after": "<|eot_id|>", "chat.system.empty": "kept",
                "chat.system.before": "<|start_header_id|>system<|end_header_id|>\n\n"},
     "zephyr": {"chat.user.before": "<|user|>\n", "chat.user.after": "</s>\n",
                "chat.assistant.before": "<|assistant|>\n", "chat.assistant.after": "</s>\n",
                "chat.generate": "<|assistant|>\n", "chat.system.place": "start",
-               "chat.system.before": "<|system|>\n", "chat.system.after": "</s>\n"},
+               "chat.system.before": "<|system|>\n", "chat.system.after": "</s>\n",
+               "chat.system.empty": "kept"},
     "gemma2": {"chat.begin": "<bos>", "chat.trim": "user assistant",
                "chat.generate": "<start_of_turn>model\n",
                "chat.user.before": "<start_of_turn>user\n", "chat.user.after": "<end_of_turn>\n",
@@ -139,6 +141,10 @@ class Formats(unittest.TestCase):
                 if text is None:        # the template takes no system prompt: the format has no place for it
                     self.assertEqual(messages[0]["role"], "system", name)
                     self.assertNotIn("chat.system.place", chat, name)
+                elif messages[0] == {"role": "system", "content": ""}:
+                    kept = dict(chat, **{"chat.system.empty": "kept"})
+                    self.assertTrue(render_format(chat, messages) == text or "chat.system.place" not in chat
+                                    or render_format(kept, messages) != text, name)
                 elif "chat.system.place" in chat or messages[0]["role"] != "system":
                     self.assertEqual(render_format(chat, messages), text, name)
 
