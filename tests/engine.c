@@ -13,6 +13,9 @@
    engine render MODEL                conversations on standard input to text and ids
    engine allocate MODEL              what decoding allocates (needs COUNT_ALLOCATIONS)
    engine parallel MODEL              two sessions in two threads, compared with each alone
+   engine adapt - SIZE BAD GOOD SHARE threads that a team of SIZE uses after each of BAD runs in which all
+                                      slept for SHARE per cent of the time and GOOD runs without, four times
+   engine context MODEL CONTEXT       the context of a session that asks for CONTEXT (0: the default)
    engine bad FILE WORK FROM TO SEED  damaged copies of FILE in the file WORK; see below
    engine files WORK                  opens and uses each of the files named on standard input
 
@@ -785,6 +788,33 @@ static int files(void)
     return 0;
 }
 
+/* -- what a team and a session choose by themselves -- */
+
+static int adaptation(int size, int bad_runs, int good_runs, int share)
+{
+    struct team t = { .size = size, .usable = size };
+    for (int i = 0; i < 4 * (bad_runs + good_runs); i++) {
+        int waits = i % (bad_runs + good_runs) < bad_runs;
+        t.active = t.usable;
+        if (t.active < 1 || t.active > size)
+            die("%d of %d threads", t.active, size);
+        t.slept = waits ? (long long)10000 * share * t.active : 1000 * t.active; /* ns of a millisecond */
+        adapt(&t, 1e-3);
+        printf("%d\n", t.usable);
+    }
+    return 0;
+}
+
+static int context_of(const char *path, int context)
+{
+    run_model *m = open_model(path);
+    run_session *s = open_session(m, context, 1, 0);
+    printf("%d\n", run_context(s));
+    run_session_close(s);
+    run_close(m);
+    return 0;
+}
+
 static int isa(void)
 {
     const struct kernels *list[8], *used = choose_kernels(&problem);
@@ -839,6 +869,10 @@ int main(int n, char **words)
         return allocate(path);
     if (!strcmp(command, "parallel"))
         return parallel(path);
+    if (!strcmp(command, "adapt"))
+        return adaptation(numbers[0], numbers[1], numbers[2], numbers[3]);
+    if (!strcmp(command, "context"))
+        return context_of(path, numbers[0]);
     if (!strcmp(command, "bad") && n == 7)
         return bad(path, words[3], numbers[1], numbers[2], numbers[3]);
     if (!strcmp(command, "files"))
