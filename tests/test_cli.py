@@ -312,16 +312,6 @@ class Modes(unittest.TestCase):
         self.assertRegex(p.stderr.decode(), "run: tensor [a-z0-9._]+ is damaged: its checksum")
         self.assertEqual(run([path, "-m", "info"]).returncode, 0)
 
-    def test_bench(self):
-        out = json.loads(ok([STORIES, "-m", "bench", "--json", "-c", "40", "-j", "1"]).decode())
-        for key, kind in (("decode", dict), ("prompt", dict), ("c", dict), ("read_gb_s", (int, float)),
-                          ("bytes_per_token", int), ("isa", str), ("threads", int), ("fingerprint", str)):
-            self.assertIsInstance(out[key], kind, key)
-        self.assertEqual((set(out["c"]), out["c"]["1"]), ({"1", "2", "4", "8", "16"}, 1))
-        self.assertGreater(out["decode"]["tok_s"], 0)
-        info = json.loads(ok([STORIES, "-m", "info", "--json"]).decode())
-        self.assertEqual(out["fingerprint"], info["fingerprint"])
-
 
 # -- draws
 

@@ -7,11 +7,12 @@ import json
 import math
 import os
 import random
+import re
 import struct
 import unittest
 import zlib
 
-from common import FIXTURES, Safetensors, f32, ok, run, scratch, write_safetensors
+from common import FIXTURES, STORIES, Safetensors, f32, ok, run, scratch, write_safetensors
 
 EXACT = {"Q4_0": "q4", "Q4_1": "q4a", "Q8_0": "q8"}
 BLOCK_BYTES = {"q4": 576, "q4a": 640, "q8": 1088}  # 16 rows x 64 columns
@@ -228,6 +229,33 @@ def naive(kind, x):
     return [d * max(0, min(15, round((v - low) / d))) + low if d else low for v in x]
 
 
+def fitted(kind, x):
+    """The least sum of squared errors that run.c's search finds, plainly, in double precision."""
+    n, best = len(x), math.inf
+    low, high, extreme = min(x), max(x), max(x, key=abs)
+    if kind == "q8":        # the smallest scale that cuts nothing off
+        d = to_half(max(map(abs, x)) / 127)
+        if d * 127.5 < max(map(abs, x)):
+            d = struct.unpack("<e", struct.pack("<H", struct.unpack("<H", struct.pack("<e", d))[0] + 1))[0]
+        return squares([v - d * max(-127, min(127, round(v / d))) for v in x]) if d else squares(x)
+    for k in range(11 if kind == "q4" else 16):
+        if kind == "q4":
+            inverse = (-8, -7.7, -7.4, -8.3, -8.6, -9, -7, 7, 7.3, 6.7, 7.6)[k] / extreme if extreme else 0
+            q = [max(-8, min(7, round(v * inverse))) for v in x]
+            d, m = sum(v * i for v, i in zip(x, q)) / max(1, sum(i * i for i in q)), 0.0
+            d = to_half(d)
+        else:
+            steps = 13.7 + 0.2 * k if k else 15.0
+            inverse = steps / (high - low) if high > low else 0
+            q = [max(0, min(15, round((v - low) * inverse - (steps - 15) / 2))) for v in x]
+            determinant = n * sum(i * i for i in q) - sum(q) ** 2
+            wq = sum(v * i for v, i in zip(x, q))
+            d = to_half((n * wq - sum(q) * math.fsum(x)) / determinant if determinant else 0)
+            m = to_half((math.fsum(x) - d * sum(q)) / n)
+        best = min(best, squares([v - (d * i + m) for v, i in zip(x, q)]))
+    return best
+
+
 class Floats(unittest.TestCase):
     """From floats to q4, q4a, q8, f16, bf16."""
 
@@ -253,7 +281,7 @@ class Floats(unittest.TestCase):
                         {MATRIX: ("F32", (rows, columns), f32(flat), {})}, rows=rows)
 
     def one(self, kind):
-        total, plain = 0.0, 0.0
+        total, plain, searched = 0.0, 0.0, 0.0
         for rows, columns in ((32, 128), (17, 96), (8, 33), (9, 7)):
             w, path = self.file("float%dx%d" % (rows, columns), rows, columns)
             file = quantize(path, kind)
@@ -275,6 +303,8 @@ class Floats(unittest.TestCase):
                     self.assertLessEqual(worst, largest / 254 * 1.01 + largest * 2 ** -11 + 127 * 3e-8, where)
                 if largest > 1e-3:  # below, rounding of the scales is all that is left
                     total, plain = total + error / squares(b), plain + without_search / squares(b)
+                    searched += fitted(kind, b) / squares(b)
+        self.assertLess(total, searched * 1.002)
         print("     %s: %.4f of the squared error of naive rounding" % (kind, total / plain))
         self.assertLess(total, plain * {"q4": 0.92, "q4a": 0.97, "q8": 1.0001}[kind])
 
@@ -286,6 +316,73 @@ class Floats(unittest.TestCase):
 
     def test_q8(self):
         self.one("q8")
+
+    def test_tiny_q8(self):
+        """Where halves have few bits, a scale that is rounded down would cut off the largest weights."""
+        rng = random.Random(4)
+        rows = []
+        for r in range(16):
+            scale = rng.uniform(1, 12) * 2 ** -24
+            row = [single(rng.uniform(-127, 127) * scale) for _ in range(64)]
+            row[3] = row[40] = single(127 * scale)
+            rows.append(row)
+        path = model(scratch("pack", "tiny.bin"), 64, {MATRIX: (
+            "F32", (16, 64), f32([v for row in rows for v in row]), {})}, rows=16)
+        up = 0
+        for (r, c, a), (_, _, b) in zip(groups(packed_values(quantize(path, "q8"), MATRIX)[1]), groups(rows)):
+            largest = max(map(abs, b))
+            d = 2.0 ** -24 * math.ceil(largest / 127.5 * 2 ** 24)      # a subnormal half
+            up += d > to_half(largest / 127)
+            for x, y in zip(a, b):
+                self.assertLessEqual(abs(x - y), d * 0.501, (r, c))
+        self.assertGreater(up, 4)
+
+    def test_printed_error(self):
+        """The relative error of all matrices of a kind, as it is said on standard error."""
+        _, path = self.file("printed", 24, 70)
+        source = Safetensors(path)
+        for kind in ("q4", "q4a", "q8", "f16", "bf16"):
+            out = scratch("pack", "printed-%s.bin" % kind)
+            p = run([path, "-m", "quantize", "--type", kind, "-o", out])
+            self.assertEqual(p.returncode, 0, p.stderr)
+            file, sums = Safetensors(out), {}
+            for name, (_, shape, _) in source.tensors.items():
+                if len(shape) == 2:
+                    to, rows = packed_values(file, name)
+                    got, expected = [v for row in rows for v in row], source.floats(name)
+                    n, error, square = sums.get(to.lower(), (0, 0.0, 0.0))
+                    sums[to.lower()] = (n + 1, error + squares([a - b for a, b in zip(got, expected)]),
+                                        square + squares(expected))
+            said = re.findall(r"^(\d+) matrices from f32 to (\w+): relative error ([\d.e-]+)$", p.stderr.decode(),
+                              re.M)
+            self.assertEqual({to: int(n) for n, to, _ in said}, {to: n for to, (n, _, _) in sums.items()})
+            self.assertEqual(len(said), 1 if kind not in ("q4", "q4a") else 2)
+            for _, to, error in said:
+                expected = math.sqrt(sums[to][1] / sums[to][2])
+                self.assertGreater(expected, 1e-5)
+                self.assertAlmostEqual(float(error), expected, delta=expected * 0.0051, msg=to)
+
+    def test_grids_that_contain_another(self):
+        """q4 is a q4a and a q8, in groups that are not full too: the same weights, the same logits."""
+        fingerprint = lambda path: json.loads(ok([path, "-m", "info", "--json"]).decode())["fingerprint"]
+        _, odd = self.file("odd", 20, 75)
+        for path in (STORIES, odd):
+            name = os.path.basename(path)[:-4]
+            first = quantize(path, "q4")
+            plain = quantize(scratch("pack", name + "-q4.bin"), "f32")
+            expected = fingerprint(scratch("pack", name + "-q4-f32.bin"))
+            for kind in ("q4a", "q8"):
+                out = scratch("pack", "%s-q4-%s.bin" % (name, kind))
+                p = run([scratch("pack", name + "-q4.bin"), "-m", "quantize", "--type", kind, "-o", out])
+                self.assertRegex(p.stderr.decode(), r"^\d+ matrices from q4 to %s: relative error 0\n" % kind)
+                self.assertEqual(p.stderr.count(b"matrices"), 1, p.stderr)
+                again = quantize(out, "f32")
+                self.assertEqual({n: t for n, t in again.tensors.items() if not n.startswith("pad.")},
+                                 {n: t for n, t in plain.tensors.items() if not n.startswith("pad.")})
+                self.assertEqual(fingerprint(scratch("pack", "%s-q4-%s-f32.bin" % (name, kind))), expected)
+                file = Safetensors(out)
+                self.assertEqual(packed_values(file, MATRIX)[0], kind)
+                self.assertEqual(packed_values(file, MATRIX)[1], packed_values(first, MATRIX)[1])
 
     def test_grid_points_stay(self):
         """Values that lie on a grid come back as they are."""
