@@ -364,7 +364,8 @@ class Floats(unittest.TestCase):
 
     def test_grids_that_contain_another(self):
         """q4 is a q4a and a q8, in groups that are not full too: the same weights, the same logits."""
-        fingerprint = lambda path: json.loads(ok([path, "-m", "info", "--json"]).decode())["fingerprint"]
+        def fingerprint(path):
+            return json.loads(ok([path, "-m", "info", "--json"]).decode())["fingerprint"]
         _, odd = self.file("odd", 20, 75)
         for path in (STORIES, odd):
             name = os.path.basename(path)[:-4]
