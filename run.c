@@ -1380,7 +1380,8 @@ struct kernels {
 };
 
 typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t four_ints __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float eight_floats __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t eight_ints __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* [N3]: sums 8 apart, then 4, 2 and 1 apart. */
 INLINE float tree(const float s[16])
@@ -1408,17 +1409,21 @@ INLINE void four_trees(float *out, float s[4][16])
 #endif
 }
 
-/* The largest of n floats, n a positive multiple of 4. */
+/* The largest of n floats, n a positive multiple of 8. */
 INLINE float largest(const float *x, int n)
 {
-    four_floats top = *(const four_floats *)(const void *)x;
-    for (int i = 4; i < n; i += 4) {
-        four_floats next = *(const four_floats *)(const void *)(x + i);
-        four_ints larger = next > top;
-        top = (four_floats)((larger & (four_ints)next) | (~larger & (four_ints)top));
+    float top[8];
+    eight_floats all = *(const eight_floats *)(const void *)x;
+    for (int i = 8; i < n; i += 8) {
+        eight_floats next = *(const eight_floats *)(const void *)(x + i);
+        eight_ints larger = next > all;
+        all = (eight_floats)((larger & (eight_ints)next) | (~larger & (eight_ints)all));
     }
-    float a = top[0] > top[1] ? top[0] : top[1], b = top[2] > top[3] ? top[2] : top[3];
-    return a > b ? a : b;
+    memcpy(top, &all, sizeof top);
+    for (int step = 4; step > 0; step /= 2)
+        for (int i = 0; i < step; i++)
+            top[i] = top[i + step] > top[i] ? top[i + step] : top[i];
+    return top[0];
 }
 
 /* The integer weight of a packed matrix inside a block (row < 16, column < 64). */
@@ -1577,13 +1582,17 @@ INLINE float softmax_(float s[64], const struct query *q, float scale, float cap
         s[i] = -INFINITY;               /* of which exp_ makes exactly 0 */
     for (int i = end; i < high; i++)
         s[i] = -INFINITY;
-    float top = largest(s + low, high - low), lanes[16] = { 0 };
-    for (int i = low; i < high; i++)
-        s[i] = exp_(s[i] - top);
-    for (int i = low; i < high; i += 4)
-        *(four_floats *)(void *)(lanes + i % 16) += *(const four_floats *)(const void *)(s + i);
+    float top = largest(s + low, high - low);
+    for (int i = low; i < high; i += 8)
+        for (int j = 0; j < 8; j++)
+            s[i + j] = exp_(s[i + j] - top);
+    eight_floats lanes[2] = { 0 };
+    for (int i = low; i < high; i += 16) {
+        lanes[0] += *(const eight_floats *)(const void *)(s + i);
+        lanes[1] += *(const eight_floats *)(const void *)(s + i + 8);
+    }
     *max = top;
-    return tree(lanes);
+    return tree((const float *)lanes);
 }
 
 /* Adds a block's result [hd] to the running one: both are brought to the larger maximum. [N4] */
@@ -3750,6 +3759,7 @@ TARGET_BEGIN(KERNELS_TARGET)
 #define JOIN(a, b) JOIN2(a, b)
 #define SET(name) JOIN(name, RUN_KERNELS)
 #define PARTS (STRIP / LANES)
+#define ABREAST (LANES < 16 ? 16 / LANES : 2)   /* vectors of outputs that attention sums at once */
 
 #define vf SET(vf)      /* LANES floats */
 #define vi SET(vi)      /* LANES 32-bit integers */
@@ -3757,6 +3767,9 @@ TARGET_BEGIN(KERNELS_TARGET)
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef uint8_t vb __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+
+/* x in every lane. (x + 0 would do, but costs an addition: -0 + 0 is +0.) */
+INLINE vf SET(all)(float x) { return x - (vf){ 0 }; }
 
 /* Four bytes in every lane. */
 INLINE vb SET(four)(const int8_t *x)
@@ -3943,7 +3956,7 @@ INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const st
                         isum -= 8 * sum[r];
                     acc[part][r] = SET(fma_v)(SET(floats)(isum), d * scale[r], acc[part][r]);
                     if (type == Q4A)
-                        acc[part][r] = SET(fma_v)(m, (vf){ 0 } + offset[r], acc[part][r]);
+                        acc[part][r] = SET(fma_v)(m, SET(all)(offset[r]), acc[part][r]);
                 }
             }
         }
@@ -4075,6 +4088,40 @@ INLINE vf SET(load)(const void *cache, size_t i, const int f32)
     return f32 ? *(const vf *)((const float *)cache + i) : SET(halves)((const uint16_t *)cache + i);
 }
 
+/* acc += s * value, as many vectors of dimensions from d on, for one query. */
+INLINE void SET(add_value)(vf *acc, float s, const void *values, size_t at, const int f32, const int vectors)
+{
+    for (int v = 0; v < vectors; v++)
+        acc[v] = SET(fma_v)(SET(all)(s), SET(load)(values, at + (size_t)(v * LANES), f32), acc[v]);
+}
+
+/* Some dimensions of the outputs of n queries, which all see the positions [inner, outer). */
+INLINE void SET(weigh)(float out[QUERIES][1024], const struct query *queries, const int n, float s[QUERIES][64], int inner,
+                       int outer, const void *values, int d, int hd, const int f32, const int vectors)
+{
+    vf acc[QUERIES][ABREAST];
+    for (int j = 0; j < n; j++) {
+        for (int v = 0; v < vectors; v++)
+            acc[j][v] = (vf){ 0 };
+        for (int i = queries[j].first; i < inner && i < queries[j].end; i++)
+            SET(add_value)(acc[j], s[j][i], values, value_at(i, d, hd), f32, vectors);
+    }
+    for (int i = inner; i < outer; i++) {
+        __builtin_prefetch((const char *)values + (value_at(i, d, hd) + (size_t)(BLOCK * hd)) * (f32 ? 4 : 2));
+        for (int v = 0; v < vectors; v++) {
+            vf value = SET(load)(values, value_at(i, d + v * LANES, hd), f32);
+            for (int j = 0; j < n; j++)
+                acc[j][v] = SET(fma_v)(SET(all)(s[j][i]), value, acc[j][v]);
+        }
+    }
+    for (int j = 0; j < n; j++) {
+        for (int i = outer > queries[j].first ? outer : queries[j].first; i < queries[j].end; i++)
+            SET(add_value)(acc[j], s[j][i], values, value_at(i, d, hd), f32, vectors);
+        for (int v = 0; v < vectors; v++)
+            *(vf *)(out[j] + d + v * LANES) = acc[j][v];
+    }
+}
+
 /* n queries (a constant) against a block: scores with one lane per position, then outputs with one
    lane per dimension. [N4] */
 INLINE void SET(attend_some)(struct query *queries, const int n, const void *keys, const void *values, int hd,
@@ -4091,12 +4138,14 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
         for (int j = 0; j < n; j++)
             for (int part = 0; part < PARTS; part++)
                 acc[j][part] = (vf){ 0 };
-        for (int d = 0; d < hd; d++)
+        for (int d = 0; d < hd; d++) {
+            __builtin_prefetch((const char *)keys + (key_at(i, d, hd) + (size_t)(BLOCK * hd)) * (f32 ? 4 : 2));
             for (int part = 0; part < PARTS; part++) {
                 vf key = SET(load)(keys, key_at(i, d, hd) + (size_t)(part * LANES), f32);
                 for (int j = 0; j < n; j++)
-                    acc[j][part] = SET(fma_v)((vf){ 0 } + queries[j].q[d], key, acc[j][part]);
+                    acc[j][part] = SET(fma_v)(SET(all)(queries[j].q[d]), key, acc[j][part]);
             }
+        }
         for (int j = 0; j < n; j++)
             for (int part = 0; part < PARTS; part++)
                 *(vf *)(s[j] + i + part * LANES) = acc[j][part];
@@ -4110,24 +4159,10 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
     if (inner > outer)
         inner = outer = end;        /* nowhere together: each by itself */
     int d = 0;
-    for (; d + LANES <= hd; d += LANES) {
-        vf acc[QUERIES];
-        for (int j = 0; j < n; j++) {
-            acc[j] = (vf){ 0 };
-            for (int i = queries[j].first; i < inner && i < queries[j].end; i++)
-                acc[j] = SET(fma_v)((vf){ 0 } + s[j][i], SET(load)(values, value_at(i, d, hd), f32), acc[j]);
-        }
-        for (int i = inner; i < outer; i++) {
-            vf value = SET(load)(values, value_at(i, d, hd), f32);
-            for (int j = 0; j < n; j++)
-                acc[j] = SET(fma_v)((vf){ 0 } + s[j][i], value, acc[j]);
-        }
-        for (int j = 0; j < n; j++) {
-            for (int i = outer > queries[j].first ? outer : queries[j].first; i < queries[j].end; i++)
-                acc[j] = SET(fma_v)((vf){ 0 } + s[j][i], SET(load)(values, value_at(i, d, hd), f32), acc[j]);
-            *(vf *)(out[j] + d) = acc[j];
-        }
-    }
+    for (; d + ABREAST * LANES <= hd; d += ABREAST * LANES)
+        SET(weigh)(out, queries, n, s, inner, outer, values, d, hd, f32, ABREAST);
+    for (; d + LANES <= hd; d += LANES)
+        SET(weigh)(out, queries, n, s, inner, outer, values, d, hd, f32, 1);
     for (; d < hd; d++)
         for (int j = 0; j < n; j++) {
             out[j][d] = 0;
@@ -4171,6 +4206,7 @@ static const struct kernels SET(kernels) = {
 #undef JOIN
 #undef SET
 #undef PARTS
+#undef ABREAST
 #undef vf
 #undef vi
 #undef vb
