@@ -4390,7 +4390,7 @@ static const char usage_text[] =
     "  -c N                  context size in tokens (what the model was trained for, memory permitting)\n"
     "  -j N                  threads (physical cores this process may use)\n"
     "  --kv f16|f32          type of the key/value cache (f16)\n"
-    "  --draft auto|off      speculative drafting (auto)\n"
+    "  --draft auto|off      speculative drafting (auto; nothing drafts yet, so both are the same)\n"
     "  --draft-max N         tokens to draft at most (8)\n"
     "\n"
     "output\n"
