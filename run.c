@@ -206,6 +206,7 @@ int run_generate(run_session *session, const run_generation *how, run_result *re
 #include <locale.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -1691,25 +1692,38 @@ static const struct kernels kernels_scalar = {
     { attend_scalar_f16, attend_scalar_f32 }, exp_sum_scalar, read_scalar,
 };
 
-/* -- threads: a team runs one function, with barriers and a shared counter inside --
+/* -- threads: a team runs one function, with barriers and counted loops inside --
 
-   The counter hands out pieces of work, so that a slow core takes fewer. [T1] Between two
-   barriers there is at most one counted loop; the barrier resets the counter.
+   A loop's pieces are shared out in stretches, one for each thread: it walks through neighbouring
+   weights, which is what prefetching wants. Who is done takes pieces of the others' stretches, so
+   that a slow core has fewer. [T1] Between two barriers there is at most one counted loop; the
+   barrier resets the counters.
+
+   Waiting: a thread that sleeps comes back late, and then the others have gone to sleep at the next
+   barrier, and so on at all of them. So a thread spins, then offers its core to others for longer
+   than waking takes, and only then sleeps.
 
    When another program takes a core away, a thread may be missing for milliseconds, and all others
-   wait for it at the next barrier: two threads are then slower than one. The team notices that its
-   threads slept for long, does without some of them for a while, and tries again. */
+   wait for it: two threads are then slower than one. The team notices that its threads waited for
+   long in several runs, does without some of them for a while, and tries again. */
 
 enum { MOST_THREADS = 1024 };
+#define SPINS 3000                  /* some 50 microseconds */
+#define PATIENT 2e-3                /* seconds before it sleeps */
 
 struct team {
     int size;                       /* threads, the caller included */
     int active;                     /* of them in the present run */
     int usable;                     /* of them while there is a core for each */
-    int patience, rest;             /* runs until one more is tried: next time, and still this time */
+    int patience, rest;             /* runs until more are tried: next time, and still this time */
+    int steps;                      /* that went well since the last failure; each adds one more than the last */
+    double waiting;                 /* threads that waited long for others, on average over some runs */
     double runs, took;              /* so far, but for small ones, and the active threads of all of them */
-    atomic_llong slept;             /* nanoseconds that threads waited long for others in this run */
-    atomic_int next;                /* the counter */
+    atomic_llong waited;            /* nanoseconds that threads waited long in this run */
+    struct {
+        atomic_int taken;           /* of the stretch of one thread */
+        char apart[60];             /* a cache line for each */
+    } stretches[MOST_THREADS];
     atomic_int arrived, sleepers;
     atomic_uint generation;         /* of the barrier */
     pthread_mutex_t mutex;          /* for those who wait long */
@@ -1736,23 +1750,27 @@ INLINE void pause_(void)
 #endif
 }
 
-/* Waits until *word is no longer `old`: spins for some microseconds, then sleeps. */
+/* Waits until *word is no longer `old`: spins, yields, sleeps. */
 static void await(struct team *t, atomic_uint *word, unsigned old)
 {
-    for (int i = 0; i < 3000; i++) {
+    for (int i = 0; i < SPINS; i++) {
         if (atomic_load_explicit(word, memory_order_acquire) != old)
             return;
         pause_();
     }
     double start = seconds();
-    pthread_mutex_lock(&t->mutex);
-    atomic_fetch_add(&t->sleepers, 1);
-    while (atomic_load(word) == old)
-        pthread_cond_wait(&t->wake, &t->mutex);
-    atomic_fetch_sub(&t->sleepers, 1);
-    pthread_mutex_unlock(&t->mutex);
+    while (atomic_load_explicit(word, memory_order_acquire) == old && seconds() - start < PATIENT)
+        sched_yield();
+    if (atomic_load(word) == old) {
+        pthread_mutex_lock(&t->mutex);
+        atomic_fetch_add(&t->sleepers, 1);
+        while (atomic_load(word) == old)
+            pthread_cond_wait(&t->wake, &t->mutex);
+        atomic_fetch_sub(&t->sleepers, 1);
+        pthread_mutex_unlock(&t->mutex);
+    }
     if (word == &t->generation)
-        atomic_fetch_add(&t->slept, (long long)(1e9 * (seconds() - start)));
+        atomic_fetch_add(&t->waited, (long long)(1e9 * (seconds() - start)));
 }
 
 static void announce(struct team *t, atomic_uint *word, unsigned value)
@@ -1765,29 +1783,43 @@ static void announce(struct team *t, atomic_uint *word, unsigned value)
     }
 }
 
+static void reset_counters(struct team *t)
+{
+    for (int i = 0; i < t->active; i++)
+        atomic_store_explicit(&t->stretches[i].taken, 0, memory_order_relaxed);
+}
+
 static void barrier(struct team *t)
 {
     unsigned generation = atomic_load(&t->generation);
     int active = t->active; /* read before arriving: afterwards the next run may change it */
     if (active == 1) {
-        t->next = 0;
+        reset_counters(t);
     } else if (atomic_fetch_add(&t->arrived, 1) == active - 1) {
         atomic_store(&t->arrived, 0);
-        atomic_store(&t->next, 0);
+        reset_counters(t);
         announce(t, &t->generation, generation + 1);
     } else {
         await(t, &t->generation, generation);
     }
 }
 
-/* The next piece [*begin, *end) of `total`; 0 when nothing is left. */
-static int next_piece(struct team *t, int total, int grain, int *begin, int *end)
+/* The next piece [*begin, *end) of `total`, of thread `me`'s own stretch first; 0 when nothing is left. */
+static int next_piece(struct team *t, int me, int total, int grain, int *begin, int *end)
 {
-    *begin = atomic_fetch_add_explicit(&t->next, grain, memory_order_relaxed);
-    if (*begin >= total)
-        return 0;
-    *end = total - *begin < grain ? total : *begin + grain;
-    return 1;
+    for (int i = 0; i < t->active; i++) {
+        int owner = (me + i) % t->active;
+        int first = (int)((long long)total * owner / t->active), past = (int)((long long)total * (owner + 1) / t->active);
+        atomic_int *taken = &t->stretches[owner].taken;
+        if (atomic_load_explicit(taken, memory_order_relaxed) >= past - first)
+            continue;
+        *begin = first + atomic_fetch_add_explicit(taken, grain, memory_order_relaxed);
+        if (*begin < past) {
+            *end = past - *begin < grain ? past : *begin + grain;
+            return 1;
+        }
+    }
+    return 0;
 }
 
 static void work_plainly(struct team *t, int me)
@@ -1798,17 +1830,18 @@ static void work_plainly(struct team *t, int me)
 }
 
 /* Chooses how many threads take part in the next runs, after one that took so long: as many fewer as
-   waited, on average, for those without a core. */
+   waited, on average, for those without a core. A single run that was held up changes nothing. */
 static void adapt(struct team *t, double time)
 {
-    double waiting = 1e-9 * (double)t->slept / time; /* threads */
-    if (t->active > 1 && waiting > 0.2 * t->active) {
-        t->usable = waiting < 1 ? t->active - 1 : waiting < t->active - 1 ? t->active - (int)waiting : 1;
+    t->waiting += (1e-9 * (double)t->waited / time - t->waiting) / 8;
+    if (t->active > 1 && t->waiting > 0.2 * t->active) {
+        t->usable = t->waiting < 1 ? t->active - 1 : t->waiting < t->active - 1 ? t->active - (int)t->waiting : 1;
         t->rest = t->patience = t->patience < 8 ? 8 : t->patience < 512 ? 2 * t->patience : 1024;
+        t->waiting = t->steps = 0;
     } else if (t->usable == t->size) {
         t->patience /= 2;
     } else if (--t->rest <= 0) {
-        t->usable++;
+        t->usable = t->usable + ++t->steps < t->size ? t->usable + t->steps : t->size;
         t->rest = t->patience;
     }
 }
@@ -1820,8 +1853,7 @@ static void team_run(struct team *t, int alone, void (*work)(void *, int), void 
     t->work = work;
     t->context = context;
     t->active = alone ? 1 : t->usable;
-    atomic_store(&t->next, 0);
-    atomic_store(&t->slept, 0);
+    atomic_store(&t->waited, 0);
     if (t->active == 1) {
         work_plainly(t, 0);
     } else {
@@ -1831,7 +1863,7 @@ static void team_run(struct team *t, int alone, void (*work)(void *, int), void 
 #pragma omp single
             t->active = omp_get_num_threads();
             if (omp_get_thread_num() == 0) /* it waited for the others to begin */
-                atomic_fetch_add(&t->slept, (long long)(1e9 * (seconds() - start)));
+                atomic_fetch_add(&t->waited, (long long)(1e9 * (seconds() - start)));
             work_plainly(t, omp_get_thread_num());
             barrier(t);
         }
@@ -2315,13 +2347,13 @@ struct product {                    /* out [n, stride] (+)= in . w^T + bias */
 };
 
 /* Matrix products with one operand, side by side: strips of all of them are one list of work. */
-static void multiply(struct pass *p, const struct product *products, int n_products, const struct input *in)
+static void multiply(struct pass *p, int me, const struct product *products, int n_products, const struct input *in)
 {
     int total = 0, begin, end;
     for (int i = 0; i < n_products; i++)
         total += (int)strips(products[i].w->rows);
     int grain = total / (8 * p->team.active) + 1;
-    while (next_piece(&p->team, total, grain, &begin, &end))
+    while (next_piece(&p->team, me, total, grain, &begin, &end))
         for (int piece = begin; piece < end; piece++) {
             const struct product *a = products;
             int strip = piece;
@@ -2345,13 +2377,13 @@ static void multiply(struct pass *p, const struct product *products, int n_produ
 
 /* gate = activation(in . gate^T) * (in . up^T), as floats and int8: [n, hidden]. A piece of work is
    32 units, one group of the next operand. */
-static void feed_forward(struct pass *p, int layer, const struct input *in)
+static void feed_forward(struct pass *p, int me, int layer, const struct input *in)
 {
     const struct layer *l = &p->model->layers[layer];
     const struct kernels *kernels = p->model->kernels;
     int hidden = l->gate.rows, total = 2 * (int)blocks(hidden), begin, end;
     int grain = total / (8 * p->team.active) + 1;
-    while (next_piece(&p->team, total, grain, &begin, &end))
+    while (next_piece(&p->team, me, total, grain, &begin, &end))
         for (int group = begin; group < end; group++)
             for (int r0 = 0; r0 < in->n; r0 += TILE) {
                 int n = in->n - r0 < TILE ? in->n - r0 : TILE;
@@ -2480,11 +2512,11 @@ static void attention(struct pass *p, int me, int layer)
 {
     int heads = p->model->config.kv, begin, end;
     if (p->n_tiles > 1) {
-        while (next_piece(&p->team, heads * p->n_tiles, 1, &begin, &end))
+        while (next_piece(&p->team, me, heads * p->n_tiles, 1, &begin, &end))
             rotate_and_store(p, layer, begin % heads, p->tiles[begin / heads].first, p->tiles[begin / heads].end);
         barrier(&p->team);
     }
-    while (next_piece(&p->team, heads * p->n_tiles, 1, &begin, &end)) {
+    while (next_piece(&p->team, me, heads * p->n_tiles, 1, &begin, &end)) {
         int first = p->tiles[begin / heads].first, last = p->tiles[begin / heads].end;
         if (p->n_tiles == 1)
             rotate_and_store(p, layer, begin, first, last);
@@ -2498,7 +2530,7 @@ static void add_branch(struct pass *p, int me, int layer, const struct matrix *w
                        const struct input *in)
 {
     const struct config *c = &p->model->config;
-    multiply(p, &(struct product){ w, norm ? p->branch : p->x, (size_t)c->dim, bias, !norm }, 1, in);
+    multiply(p, me, &(struct product){ w, norm ? p->branch : p->x, (size_t)c->dim, bias, !norm }, 1, in);
     barrier(&p->team);
     if (!norm)
         return;
@@ -2548,7 +2580,7 @@ static void forward(void *context, int me)
         /* attention: x += o . attend(q, k, v) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->attn_norm);    /* [n, dim] */
         mark(p, me, PREPARE);
-        multiply(p, (struct product[]){ { &l->q, p->q, q, l->q_bias, 0 },    /* [n, heads hd] */
+        multiply(p, me, (struct product[]){ { &l->q, p->q, q, l->q_bias, 0 },    /* [n, heads hd] */
                                         { &l->k, p->k, kv, l->k_bias, 0 },   /* [n, kv hd] */
                                         { &l->v, p->v, kv, l->v_bias, 0 } }, /* [n, kv hd] */ 3, in);
         barrier(&p->team);
@@ -2564,7 +2596,7 @@ static void forward(void *context, int me)
         /* feed forward: x += down . (act(gate . x) * (up . x)) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->ffn_norm);     /* [n, dim] */
         mark(p, me, PREPARE);
-        feed_forward(p, i, in);                                        /* hid [n, hidden] */
+        feed_forward(p, me, i, in);                                        /* hid [n, hidden] */
         barrier(&p->team);
         mark(p, me, GATE_UP);
         add_branch(p, me, i, &l->down, l->down_bias, l->post_ffn_norm, &p->hid);
@@ -2583,7 +2615,7 @@ static void forward(void *context, int me)
     barrier(&p->team);
     if (!p->wanted)
         return;
-    multiply(p, &(struct product){ &m->output, p->logits, (size_t)c->vocab, NULL, 0 }, 1, &p->last);  /* [wanted, vocab] */
+    multiply(p, me, &(struct product){ &m->output, p->logits, (size_t)c->vocab, NULL, 0 }, 1, &p->last);  /* [wanted, vocab] */
     barrier(&p->team);
     for (int j = me; j < p->wanted; j += p->team.active)
         note(p, not_finite(p->logits + (size_t)j * (size_t)c->vocab, c->vocab), c->layers, p->wanted_rows[j]);
@@ -3407,7 +3439,7 @@ static void pack(void *context, int me)
     struct packing *p = context;
     int begin, end;
     size_t width = blocks(p->source.m.cols) * BLOCK;
-    while (next_piece(p->team, p->end - p->first, 1, &begin, &end))
+    while (next_piece(p->team, me, p->end - p->first, 1, &begin, &end))
         (p->type >= Q4 ? pack_strip : convert_strip)(p, p->first + begin, p->rows + (size_t)me * STRIP * width,
                                                      p->out + matrix_bytes(p->type, STRIP, p->source.m.cols) * (size_t)begin);
     barrier(p->team);
@@ -5464,8 +5496,7 @@ static void read_memory(void *context, int me)
     struct load *l = context;
     struct team *team = &l->session->pass->team;
     int begin, end;
-    (void)me;
-    while (next_piece(team, (int)(l->n / 8192), 8, &begin, &end))
+    while (next_piece(team, me, (int)(l->n / 8192), 8, &begin, &end))
         l->sum += l->session->model->kernels->read(l->words + (size_t)begin * 8192, (size_t)(end - begin) * 8192);
     barrier(team);
 }

@@ -14,7 +14,7 @@
    engine allocate MODEL              what decoding allocates (needs COUNT_ALLOCATIONS)
    engine parallel MODEL              two sessions in two threads, compared with each alone
    engine adapt - SIZE BAD GOOD SHARE threads that a team of SIZE uses after each of BAD runs in which all
-                                      slept for SHARE per cent of the time and GOOD runs without, four times
+                                      waited for SHARE per cent of the time and GOOD runs without, four times
    engine context MODEL CONTEXT       the context of a session that asks for CONTEXT (0: the default)
    engine bad FILE WORK FROM TO SEED  damaged copies of FILE in the file WORK; see below
    engine files WORK                  opens and uses each of the files named on standard input
@@ -798,7 +798,7 @@ static int adaptation(int size, int bad_runs, int good_runs, int share)
         t.active = t.usable;
         if (t.active < 1 || t.active > size)
             die("%d of %d threads", t.active, size);
-        t.slept = waits ? (long long)10000 * share * t.active : 1000 * t.active; /* ns of a millisecond */
+        t.waited = waits ? (long long)10000 * share * t.active : 1000 * t.active; /* ns of a millisecond */
         adapt(&t, 1e-3);
         printf("%d\n", t.usable);
     }
