@@ -2638,12 +2638,15 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
         p->threads[i].norm.n = p->threads[i].att.n = n;
     p->wanted = p->n_tiles = p->observed = 0;
     p->bad = 0;
+    int pieces = p->model->config.kv * ((n + TILE - 1) / TILE), tile = TILE;
+    if (n >= TILE / 2 && pieces < 4 * p->team.usable && pieces % p->team.usable)
+        tile = (n < TILE ? n + 1 : TILE) / 2;   /* few pieces of attention would not come out even */
     memcpy(p->rows, rows, (size_t)n * sizeof *rows);
     for (int r = 0; r < n; r++) {
         if (rows[r].wanted)
             p->wanted_rows[p->wanted++] = r;
         p->observed |= rows[r].session->observer != NULL;
-        if (r == 0 || rows[r].session != rows[r - 1].session || r - p->tiles[p->n_tiles - 1].first == TILE)
+        if (r == 0 || rows[r].session != rows[r - 1].session || r - p->tiles[p->n_tiles - 1].first == tile)
             p->tiles[p->n_tiles++].first = r;
         p->tiles[p->n_tiles - 1].end = r + 1;
     }
