@@ -75,6 +75,9 @@ run_model *run_open(const char *path, run_error *error);
 /* Unmaps it. Its sessions must be closed before. */
 void run_close(run_model *model);
 
+/* Draft heads from a file of their own, in place of those in the model file; before any session is opened. */
+int run_attach_heads(run_model *model, const char *path, run_error *error);
+
 int run_vocab_size(const run_model *model);
 /* The token that a text begins with (BOS), or -1 if this model wants none. */
 int run_bos(const run_model *model);
@@ -95,6 +98,7 @@ typedef struct {
     int context;   /* positions the cache can hold; 0: what the model was trained for */
     int threads;   /* 0: one for each physical core this process may use */
     int cache_f32; /* 0: keys and values are cached as float16 */
+    int no_heads;  /* 1: do without the model's draft heads, and without the work of keeping up with them */
 } run_options;
 
 /* Starts an empty timeline. options may be NULL. */
@@ -142,8 +146,8 @@ enum run_stop { RUN_LENGTH, RUN_EOS, RUN_STOPPED, RUN_CONTEXT, RUN_CANCELLED };
 typedef int (*run_callback)(void *context, int id, const char *text, size_t length);
 
 /* Who may propose tokens; all are checked, so that this changes speed and never the text. */
-enum run_draft { RUN_DRAFT_AUTO, RUN_DRAFT_OFF, RUN_DRAFT_LOOKUP };
-enum run_drafter { RUN_LOOKUP, RUN_DRAFTERS };
+enum run_draft { RUN_DRAFT_AUTO, RUN_DRAFT_OFF, RUN_DRAFT_LOOKUP, RUN_DRAFT_HEADS };
+enum run_drafter { RUN_LOOKUP, RUN_HEADS, RUN_DRAFTERS };
 enum { RUN_DRAFT_MOST = 15 };  /* proposals in one pass */
 
 typedef struct {
@@ -708,6 +712,7 @@ struct config {
     int dim, hidden, layers, heads, kv, hd, vocab, context;
     int rope_dims, rope_interleaved;
     int window;                       /* 0: every position is visible */
+    int gated;                        /* attention: a row of gates beside each head's queries (Qwen3-Next) */
     enum activation activation;
     float eps, rope_base, rope_factor, embedding_scale, logit_scale, attention_scale;
     float attention_cap, logit_cap;   /* 0: none */
@@ -719,16 +724,31 @@ struct reading {                      /* a container being read, and the first t
     struct container *c;
     run_error *error;
     int failed;
+    char prefix[24];                  /* of all keys and names: a draft head's, or none */
 };
+
+static const char *get_text(const struct reading *r, const char *key)
+{
+    char name[120];
+    snprintf(name, sizeof name, "%s%s", r->prefix, key);
+    return find_text(r->c, name);
+}
+
+static struct tensor *get_tensor(const struct reading *r, const char *suffix)
+{
+    char name[120];
+    snprintf(name, sizeof name, "%s%s", r->prefix, suffix);
+    return find_tensor(r->c, name);
+}
 
 static int64_t get_integer(struct reading *r, const char *key, int64_t low, int64_t high, int64_t otherwise)
 {
-    const char *text = find_text(r->c, key);
+    const char *text = get_text(r, key);
     int64_t value = otherwise;
     if (text ? parse_integer(text, low, high, &value) != 0 : otherwise < low) {
         if (!r->failed)
-            fail(r->error, text ? "metadata %s is \"%.40s\", but should be a whole number from %lld to %lld"
-                 : "metadata %s is missing%.0s (a whole number from %lld to %lld)", key, text ? text : "",
+            fail(r->error, text ? "metadata %s%s is \"%.40s\", but should be a whole number from %lld to %lld"
+                 : "metadata %s%s is missing%.0s (a whole number from %lld to %lld)", r->prefix, key, text ? text : "",
                  (long long)low, (long long)high);
         r->failed = 1;
         return low;
@@ -738,11 +758,11 @@ static int64_t get_integer(struct reading *r, const char *key, int64_t low, int6
 
 static float get_number(struct reading *r, const char *key, double low, double high, double otherwise)
 {
-    const char *text = find_text(r->c, key);
+    const char *text = get_text(r, key);
     double value = otherwise;
     if (text && parse_number(text, low, high, &value)) {
         if (!r->failed)
-            fail(r->error, "metadata %s is \"%.40s\", but should be a number from %g to %g", key, text, low, high);
+            fail(r->error, "metadata %s%s is \"%.40s\", but should be a number from %g to %g", r->prefix, key, text, low, high);
         r->failed = 1;
     }
     return (float)value;
@@ -751,14 +771,14 @@ static float get_number(struct reading *r, const char *key, double low, double h
 /* Which of the words (a NULL-terminated list) the value is; the first if there is none. */
 static int get_word(struct reading *r, const char *key, const char *const *words)
 {
-    const char *text = find_text(r->c, key);
+    const char *text = get_text(r, key);
     if (!text)
         return 0;
     for (int i = 0; words[i]; i++)
         if (!strcmp(text, words[i]))
             return i;
     if (!r->failed)
-        fail(r->error, "metadata %s is \"%.40s\", which this version of run.c does not know", key, text);
+        fail(r->error, "metadata %s%s is \"%.40s\", which this version of run.c does not know", r->prefix, key, text);
     r->failed = 1;
     return 0;
 }
@@ -766,7 +786,7 @@ static int get_word(struct reading *r, const char *key, const char *const *words
 /* The integers of a space-separated list; returns how many. */
 static int get_list(struct reading *r, const char *key, int *values, int most, int64_t high)
 {
-    const char *text = find_text(r->c, key);
+    const char *text = get_text(r, key);
     int n = 0;
     while (text && *text) {
         char word[24];
@@ -775,7 +795,7 @@ static int get_list(struct reading *r, const char *key, int *values, int most, i
         snprintf(word, sizeof word, "%.*s", (int)(length < 23 ? length : 23), text);
         if (n == most || parse_integer(word, 0, high, &value)) {
             if (!r->failed)
-                fail(r->error, "metadata %s should be a list of at most %d numbers up to %lld", key, most,
+                fail(r->error, "metadata %s%s should be a list of at most %d numbers up to %lld", r->prefix, key, most,
                      (long long)high);
             r->failed = 1;
             return 0;
@@ -786,47 +806,43 @@ static int get_list(struct reading *r, const char *key, int *values, int most, i
     return n;
 }
 
-static int config_read(struct config *c, struct container *file, run_error *error)
+/* A draft head has its trunk's sizes where it does not say otherwise. */
+static int config_read(struct config *c, struct reading *r, const struct config *trunk)
 {
-    struct reading r = { file, error, 0 };
-    const char *version = find_text(file, "run.c");
-    if (!version)
-        return fail(error, "this safetensors file is not a run.c model (its metadata lacks run.c = 1); "
-                    "convert it with: python3 export.py FOLDER -o model.bin");
-    if (strcmp(version, "1"))
-        return fail(error, "this file has format version \"%.20s\"; this run.c reads version 1", version);
-    c->dim = (int)get_integer(&r, "dim", 1, 1 << 20, 0);
-    c->hidden = (int)get_integer(&r, "hidden_dim", 1, 1 << 22, 0);
-    c->layers = (int)get_integer(&r, "n_layers", 1, 1 << 12, 0);
-    c->heads = (int)get_integer(&r, "n_heads", 1, 1 << 12, 0);
-    c->vocab = (int)get_integer(&r, "vocab_size", 1, 1 << 24, 0);
-    c->context = (int)get_integer(&r, "context_length", 1, 1 << 26, 0);
-    c->kv = (int)get_integer(&r, "n_kv_heads", 1, c->heads, c->heads);
-    c->hd = (int)get_integer(&r, "head_dim", 1, 1024, c->dim / c->heads);
-    c->rope_dims = (int)get_integer(&r, "rope.dims", 0, c->hd, c->hd);
-    c->window = (int)get_integer(&r, "window", 0, INT_MAX, 0);
-    c->eps = get_number(&r, "norm.eps", 0, 1, 1e-5);
-    c->rope_base = get_number(&r, "rope.base", 1e-3, 1e12, 10000);
-    c->rope_factor = get_number(&r, "rope.attention_factor", 1e-3, 1e3, 1);
-    c->embedding_scale = get_number(&r, "embedding.scale", -1e6, 1e6, 1);
-    c->logit_scale = get_number(&r, "logit.scale", -1e6, 1e6, 1);
-    c->attention_scale = get_number(&r, "attention.scale", 0, 1e6, 1 / sqrt((double)c->hd));
-    c->attention_cap = get_number(&r, "attention.soft_cap", 0, 1e6, 0);
-    c->logit_cap = get_number(&r, "logit.soft_cap", 0, 1e6, 0);
-    c->rope_interleaved = get_word(&r, "rope.pairing", (const char *const[]){ "half", "interleaved", NULL });
-    c->activation = (enum activation)get_word(&r, "activation",
+    const struct config none = { 0 }, *d = trunk ? trunk : &none;
+    c->dim = (int)get_integer(r, "dim", 1, 1 << 20, d->dim);
+    c->hidden = (int)get_integer(r, "hidden_dim", 1, 1 << 22, d->hidden);
+    c->layers = (int)get_integer(r, "n_layers", !trunk, trunk ? 1 : 1 << 12, trunk != NULL);
+    c->heads = (int)get_integer(r, "n_heads", 1, 1 << 12, d->heads);
+    c->vocab = (int)get_integer(r, "vocab_size", 1, trunk ? d->vocab : 1 << 24, d->vocab);
+    c->context = (int)get_integer(r, "context_length", 1, 1 << 26, d->context);
+    c->kv = (int)get_integer(r, "n_kv_heads", 1, c->heads, trunk && c->heads == d->heads ? d->kv : c->heads);
+    c->hd = (int)get_integer(r, "head_dim", 1, 1024, c->dim / c->heads);
+    c->rope_dims = (int)get_integer(r, "rope.dims", 0, c->hd, c->hd);
+    c->window = (int)get_integer(r, "window", 0, INT_MAX, 0);
+    c->gated = (int)get_integer(r, "attention_gate", 0, 1, 0);
+    c->eps = get_number(r, "norm.eps", 0, 1, trunk ? (double)d->eps : 1e-5);
+    c->rope_base = get_number(r, "rope.base", 1e-3, 1e12, 10000);
+    c->rope_factor = get_number(r, "rope.attention_factor", 1e-3, 1e3, 1);
+    c->embedding_scale = get_number(r, "embedding.scale", -1e6, 1e6, 1);
+    c->logit_scale = get_number(r, "logit.scale", -1e6, 1e6, 1);
+    c->attention_scale = get_number(r, "attention.scale", 0, 1e6, 1 / sqrt((double)c->hd));
+    c->attention_cap = get_number(r, "attention.soft_cap", 0, 1e6, 0);
+    c->logit_cap = get_number(r, "logit.soft_cap", 0, 1e6, 0);
+    c->rope_interleaved = get_word(r, "rope.pairing", (const char *const[]){ "half", "interleaved", NULL });
+    c->activation = (enum activation)get_word(r, "activation",
                                               (const char *const[]){ "silu", "gelu", "gelu_tanh", NULL });
-    c->bos = (int)get_integer(&r, "token.bos", -1, c->vocab - 1, -1);
-    c->add_bos = (int)get_integer(&r, "token.add_bos", 0, 1, 0);
-    c->n_eos = get_list(&r, "token.eos", c->eos, 16, c->vocab - 1);
-    if (r.failed)
+    c->bos = (int)get_integer(r, "token.bos", -1, c->vocab - 1, -1);
+    c->add_bos = (int)get_integer(r, "token.add_bos", 0, 1, 0);
+    c->n_eos = get_list(r, "token.eos", c->eos, 16, c->vocab - 1);
+    if (r->failed)
         return -1;
     if (c->heads % c->kv)
-        return fail(error, "%d query heads cannot share %d key heads evenly", c->heads, c->kv);
+        return fail(r->error, "%d query heads cannot share %d key heads evenly", c->heads, c->kv);
     if (c->rope_dims % 2)
-        return fail(error, "metadata rope.dims is %d, but rotated dimensions come in pairs", c->rope_dims);
+        return fail(r->error, "metadata rope.dims is %d, but rotated dimensions come in pairs", c->rope_dims);
     if (c->add_bos && c->bos < 0)
-        return fail(error, "metadata token.add_bos asks for a BOS token, but token.bos names none");
+        return fail(r->error, "metadata token.add_bos asks for a BOS token, but token.bos names none");
     return 0;
 }
 
@@ -855,6 +871,8 @@ enum { Q4_BLOCK = STRIP * BLOCK / 2 + 2 * STRIP * 2, Q4A_BLOCK = Q4_BLOCK + 2 * 
        Q8_BLOCK = STRIP * BLOCK + 2 * STRIP * 2 };
 _Static_assert(Q4_BLOCK == 576 && Q4A_BLOCK == 640 && Q8_BLOCK == 1088, "the layout of the file");
 
+static const float no_norm[1];          /* in the place of a norm's weights: there is none */
+
 struct matrix {
     const unsigned char *data;
     enum type type;
@@ -875,9 +893,28 @@ struct layer {
     int window;                                              /* 0: every position is visible */
 };
 
+/* What a draft head does before its layer: u = e_proj . norm(embedding) + h_proj . norm(state). */
+struct mixing {
+    struct matrix embedding;                                 /* the trunk's [vocab, dim] */
+    float embedding_scale;
+    const float *e_norm, *h_norm, *bias;                     /* [dim], [state], [the head's dim], or NULL */
+    struct matrix e_proj, h_proj;                            /* [the head's dim, dim], [the head's dim, state] */
+    struct matrix fuse;                                      /* EAGLE-3: [the head's dim, state], in their place */
+    struct matrix q_e, k_e, v_e;                             /* EAGLE-3: what attention reads of the embedding */
+    int state, kind, zero_first, residual_normed;
+};
+
+struct residual { struct matrix w; const float *bias; };     /* Medusa: x + silu(w x + bias), [dim, dim] */
+
 struct run_model {
     struct container file;
     struct config config;
+    struct mixing *mixing;                                   /* of a draft head; NULL in a trunk */
+    struct residual *residuals;
+    int n_residuals;
+    struct head *heads;                                      /* of a trunk: its draft heads */
+    int n_heads, n_taps, taps[8];                            /* layers whose inputs they want */
+    struct container head_file;                              /* if they came in a file of their own */
     struct matrix embedding, output;                         /* [vocab, dim]; the same one if tied */
     const float *output_norm;                                /* [dim] */
     struct layer *layers;                                    /* [layers] */
@@ -952,20 +989,20 @@ static struct matrix get_matrix(struct reading *r, const char *name, int64_t row
     if (r->failed)
         return m;
     r->failed = 1;
-    struct tensor *t = find_tensor(r->c, name);
+    struct tensor *t = get_tensor(r, name);
     if (!t) {
-        fail(r->error, "tensor %s [%lld, %lld] is missing", name, (long long)rows, (long long)cols);
+        fail(r->error, "tensor %s%s [%lld, %lld] is missing", r->prefix, name, (long long)rows, (long long)cols);
         return m;
     }
     if (matrix_describe(r->c, t, &m, r->error))
         return m;
     t->used = 1;
     if (m.rows != rows || m.cols != cols) {
-        fail(r->error, "tensor %s is [%d, %d], but the configuration needs [%lld, %lld]", name, m.rows, m.cols,
+        fail(r->error, "tensor %s%s is [%d, %d], but the configuration needs [%lld, %lld]", r->prefix, name, m.rows, m.cols,
              (long long)rows, (long long)cols);
     } else if (m.type == RAW) {
-        fail(r->error, "tensor %s holds raw %.20s blocks; pack them first: ./run FILE -m quantize -o OUT", name,
-             find_packing(r->c, "ggml.", name));
+        fail(r->error, "tensor %s holds raw %.20s blocks; pack them first: ./run FILE -m quantize -o OUT", t->name,
+             find_packing(r->c, "ggml.", t->name));
     } else {
         r->failed = 0;
     }
@@ -974,7 +1011,7 @@ static struct matrix get_matrix(struct reading *r, const char *name, int64_t row
 
 static const float *get_vector(struct reading *r, const char *name, int64_t n, int required)
 {
-    struct tensor *t = find_tensor(r->c, name);
+    struct tensor *t = get_tensor(r, name);
     if (r->failed || (!t && !required))
         return NULL;
     if (t && !strcmp(t->dtype, "F32") && t->n_dims == 1 && t->shape[0] == n) {
@@ -983,10 +1020,10 @@ static const float *get_vector(struct reading *r, const char *name, int64_t n, i
     }
     r->failed = 1;
     if (t)
-        fail(r->error, "tensor %s should be F32 [%lld], but is %s with %d dimensions and %zu bytes", name,
+        fail(r->error, "tensor %s should be F32 [%lld], but is %s with %d dimensions and %zu bytes", t->name,
              (long long)n, t->dtype, t->n_dims, t->size);
     else
-        fail(r->error, "tensor %s F32 [%lld] is missing", name, (long long)n);
+        fail(r->error, "tensor %s%s F32 [%lld] is missing", r->prefix, name, (long long)n);
     return NULL;
 }
 
@@ -995,12 +1032,14 @@ static void read_layer(struct reading *r, const struct config *c, int number, st
     char name[80];
     int64_t dim = c->dim, hidden = c->hidden, q = (int64_t)c->heads * c->hd, kv = (int64_t)c->kv * c->hd;
 #define NAME(suffix) (snprintf(name, sizeof name, "blk.%d." suffix, number), name)
-    l->attn_norm = get_vector(r, NAME("attn_norm.weight"), dim, 1);
-    l->q = get_matrix(r, NAME("attn_q.weight"), q, dim);
+    l->attn_norm = get_vector(r, NAME("attn_norm.weight"), dim, !*r->prefix);
+    if (!l->attn_norm)
+        l->attn_norm = no_norm;
+    l->q = get_matrix(r, NAME("attn_q.weight"), q << c->gated, dim);
     l->k = get_matrix(r, NAME("attn_k.weight"), kv, dim);
     l->v = get_matrix(r, NAME("attn_v.weight"), kv, dim);
     l->o = get_matrix(r, NAME("attn_output.weight"), dim, q);
-    l->q_bias = get_vector(r, NAME("attn_q.bias"), q, 0);
+    l->q_bias = get_vector(r, NAME("attn_q.bias"), q << c->gated, 0);
     l->k_bias = get_vector(r, NAME("attn_k.bias"), kv, 0);
     l->v_bias = get_vector(r, NAME("attn_v.bias"), kv, 0);
     l->o_bias = get_vector(r, NAME("attn_output.bias"), dim, 0);
@@ -1037,9 +1076,13 @@ static const struct kernels *choose_kernels(run_error *error);
 static void rope_frequencies(float *out, int pairs, float base);
 static int exact_arithmetic(void);
 
+static void heads_close(struct run_model *m);
+
 static void model_close(struct run_model *m)
 {
     tokenizer_close(m->tokenizer);
+    heads_close(m);
+    container_close(&m->head_file);
     container_close(&m->file);
     free(m->layers);
     free(m->rope);
@@ -1067,12 +1110,212 @@ static void measure_weights(struct run_model *m)
     }
 }
 
+/* -- draft heads: small models of their own, fed with states of the trunk --
+
+   parallel  extra last layers over the input of the trunk's last one, each a token further
+             (Gloeckle et al. 2024)
+   serial    mixes the trunk's state with the embedding of the token that was drawn, one layer; then
+             again with its own state and its own proposal (DeepSeek-V3, MiMo, Qwen3-Next, ERNIE, EAGLE)
+   medusa    residual blocks over the trunk's last state, one head for each token (Cai et al. 2024)   */
+
+enum head_kind { SERIAL, PARALLEL, MEDUSA };
+enum head_state { STATE_NORM, STATE_LAST, STATE_BEFORE, STATE_LAYERS };
+
+struct head {
+    struct run_model model;             /* its layer, norm and output rows; shares the rest with the trunk */
+    struct mixing mixing;
+    enum head_kind kind;
+    enum head_state state;
+    int chain_norm, may_chain;          /* the next step gets the state after the norm; there may be one */
+    const int32_t *rows;                /* [vocab of the head] their tokens, or NULL: all in order */
+    const char *acceptance;             /* measured when it was made, or NULL */
+};
+
+static int head_read(struct run_model *trunk, struct container *file, int number, struct head *h, run_error *error)
+{
+    const struct config *t = &trunk->config;
+    struct run_model *m = &h->model;
+    struct config *c = &m->config;
+    struct mixing *x = &h->mixing;
+    struct reading r = { file, error, 0, "" };
+    snprintf(r.prefix, sizeof r.prefix, "draft.%d.", number);
+    if (config_read(c, &r, t))
+        return -1;
+    h->kind = (enum head_kind)get_word(&r, "kind", (const char *const[]){ "serial", "parallel", "medusa", NULL });
+    h->state = (enum head_state)get_word(&r, "state", (const char *const[]){ "norm", "last", "before", "layers", NULL });
+    h->chain_norm = !get_word(&r, "chain", (const char *const[]){ "norm", "out", NULL });
+    h->may_chain = (int)get_integer(&r, "may_chain", 0, 1, 1);
+    h->acceptance = get_text(&r, "acceptance");
+    int norm = get_word(&r, "norm", (const char *const[]){ "own", "trunk", "none", NULL });
+    int taps = h->state == STATE_LAYERS ? get_list(&r, "layers", trunk->taps, 8, t->layers - 1) : h->state == STATE_BEFORE;
+    if (h->state == STATE_BEFORE)
+        trunk->taps[0] = t->layers - 1;
+    if (r.failed)
+        return -1;
+    if (h->state == STATE_LAYERS && !taps)
+        return fail(error, "draft head %d is fed with layers, but draft.%d.layers names none", number, number);
+    if (number && taps != trunk->n_taps)
+        return fail(error, "draft head %d wants other states of the trunk than the first one", number);
+    trunk->n_taps = taps;
+    x->state = t->dim * (taps ? taps : 1);
+    x->embedding = trunk->embedding;
+    x->embedding_scale = t->embedding_scale;
+    x->zero_first = (int)get_integer(&r, "zero_first", 0, 1, 0);
+    x->residual_normed = get_word(&r, "residual", (const char *const[]){ "state", "normed", NULL });
+    m->kernels = trunk->kernels;
+    m->layers = calloc((size_t)c->layers + 1, sizeof *m->layers);
+    m->rope = calloc((size_t)c->rope_dims / 2 + 1, sizeof *m->rope);
+    m->residuals = calloc(16, sizeof *m->residuals);
+    if (!m->layers || !m->rope || !m->residuals)
+        return fail(error, "out of memory");
+
+    int fused = get_tensor(&r, "fuse.weight") != NULL;
+    if (c->dim != t->dim && !fused)
+        return fail(error, "draft head %d is %d wide, its trunk %d", number, c->dim, t->dim);
+    if (h->kind == SERIAL) {
+        int64_t q = ((int64_t)c->heads * c->hd) << c->gated, kv = (int64_t)c->kv * c->hd;
+        m->mixing = x;
+        x->e_norm = get_vector(&r, "e_norm.weight", t->dim, 0);
+        x->h_norm = get_vector(&r, "h_norm.weight", fused ? c->dim : x->state, fused);
+        x->bias = get_vector(&r, "proj.bias", c->dim, 0);
+        if (fused) {
+            x->fuse = get_matrix(&r, "fuse.weight", c->dim, x->state);
+            x->q_e = get_matrix(&r, "blk.0.attn_q_e.weight", q, t->dim);
+            x->k_e = get_matrix(&r, "blk.0.attn_k_e.weight", kv, t->dim);
+            x->v_e = get_matrix(&r, "blk.0.attn_v_e.weight", kv, t->dim);
+        } else {
+            x->e_proj = get_matrix(&r, "e_proj.weight", c->dim, t->dim);
+            x->h_proj = get_matrix(&r, "h_proj.weight", c->dim, x->state);
+        }
+    } else if (h->state == STATE_LAYERS) {
+        return fail(error, "draft head %d cannot be fed with several layers", number);
+    }
+    if (h->kind == MEDUSA)
+        c->layers = 0;
+    else
+        read_layer(&r, c, 0, &m->layers[0]);
+    if (fused && !x->residual_normed)
+        m->layers[0].attn_norm = x->h_norm; /* the residual is the state, what attention reads is normalised */
+    for (char name[40]; h->kind == MEDUSA && m->n_residuals < 16; m->n_residuals++) {
+        struct residual *a = &m->residuals[m->n_residuals];
+        snprintf(name, sizeof name, "res.%d.weight", m->n_residuals);
+        if (r.failed || !get_tensor(&r, name))
+            break;
+        a->w = get_matrix(&r, name, c->dim, c->dim);
+        snprintf(name, sizeof name, "res.%d.bias", m->n_residuals);
+        a->bias = get_vector(&r, name, c->dim, 0);
+    }
+    m->output_norm = norm == 0 ? get_vector(&r, "output_norm.weight", c->dim, 1) : norm == 1 ? trunk->output_norm : no_norm;
+    if (get_tensor(&r, "output.weight"))
+        m->output = get_matrix(&r, "output.weight", c->vocab, c->dim);
+    else if (c->dim == t->dim && c->vocab == t->vocab)
+        m->output = trunk->output;
+    else
+        return r.failed ? -1 : fail(error, "draft head %d has no output matrix, and the trunk's does not fit", number);
+    struct tensor *rows = get_tensor(&r, "rows");
+    if (r.failed)
+        return -1;
+    if (rows && (strcmp(rows->dtype, "I32") || rows->n_dims != 1 || rows->shape[0] != c->vocab))
+        return fail(error, "tensor %s should be I32 [%d]", rows->name, c->vocab);
+    h->rows = rows ? (const int32_t *)(const void *)rows->data : NULL;
+    for (int i = 0; rows && i < c->vocab; i++)
+        if (h->rows[i] < 0 || h->rows[i] >= t->vocab)
+            return fail(error, "tensor %s names token %d of %d", rows->name, h->rows[i], t->vocab);
+    if (rows)
+        rows->used = 1;
+    else if (c->vocab != t->vocab)
+        return fail(error, "draft head %d has %d output rows, but does not say whose", number, c->vocab);
+    rope_frequencies(m->rope, c->rope_dims / 2, c->rope_base);
+    measure_weights(m);
+    const struct matrix *more[] = { &x->e_proj, &x->h_proj, &x->fuse, &x->q_e, &x->k_e, &x->v_e };
+    for (int i = 0; i < 6; i++)
+        m->has_packed |= more[i]->rows && more[i]->type >= Q4;
+    for (int i = 0; i < m->n_residuals; i++)
+        m->has_packed |= m->residuals[i].w.type >= Q4;
+    return 0;
+}
+
+static void heads_close(struct run_model *m)
+{
+    for (int i = 0; i < m->n_heads; i++) {
+        free(m->heads[i].model.layers);
+        free(m->heads[i].model.rope);
+        free(m->heads[i].model.residuals);
+    }
+    free(m->heads);
+    m->heads = NULL;
+    m->n_heads = m->n_taps = 0;
+}
+
+/* All heads in a file. */
+static int heads_read(struct run_model *m, struct container *file, run_error *error)
+{
+    struct reading r = { file, error, 0, "" };
+    int n = (int)get_integer(&r, "draft.count", 0, 16, 0);
+    if (r.failed || (n && !(m->heads = calloc((size_t)n, sizeof *m->heads))))
+        return r.failed ? -1 : fail(error, "out of memory");
+    for (; m->n_heads < n; m->n_heads++)
+        if (head_read(m, file, m->n_heads, &m->heads[m->n_heads], error)) {
+            m->n_heads++;
+            heads_close(m);
+            return -1;
+        }
+    return 0;
+}
+
+static uint32_t crc32_of(uint32_t crc, const unsigned char *data, size_t n)
+{
+    uint32_t table[256]; /* reflected polynomial 0xedb88320, as in zlib and PNG */
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t c = i;
+        for (int k = 0; k < 8; k++)
+            c = c & 1 ? c >> 1 ^ 0xedb88320 : c >> 1;
+        table[i] = c;
+    }
+    crc = ~crc;
+    for (size_t i = 0; i < n; i++)
+        crc = table[(crc ^ data[i]) & 255] ^ crc >> 8;
+    return ~crc;
+}
+
+int run_attach_heads(run_model *m, const char *path, run_error *error)
+{
+    struct container file;
+    run_error inner;
+    char digits[9];
+    if (container_open(&file, path, error))
+        return -1;
+    const char *version = find_text(&file, "run.c"), *trunk = find_text(&file, "draft.trunk");
+    snprintf(digits, sizeof digits, "%08x", (unsigned)crc32_of(0, (const unsigned char *)m->output_norm,
+                                                               (size_t)m->config.dim * sizeof(float)));
+    heads_close(m);
+    container_close(&m->head_file);
+    m->head_file = (struct container){ 0 };
+    int failed = !version || strcmp(version, "heads 1") ? fail(&inner, "this is not a file of draft heads") :
+                 !trunk || strcmp(trunk, digits) ? fail(&inner, "these draft heads were made for another model") :
+                 heads_read(m, &file, &inner) || (!m->n_heads && fail(&inner, "it holds no draft heads"));
+    if (failed) {
+        container_close(&file);
+        return fail(error, "%.100s: %.400s", path, inner.text);
+    }
+    m->head_file = file;
+    return 0;
+}
+
 static int model_read(struct run_model *m, run_error *error)
 {
     struct config *c = &m->config;
-    struct reading r = { &m->file, error, 0 };
+    struct reading r = { &m->file, error, 0, "" };
     int *windowed = NULL, n_windowed = -1;
-    if (config_read(c, &m->file, error))
+    const char *version = find_text(&m->file, "run.c");
+    if (!version)
+        return fail(error, "this safetensors file is not a run.c model (its metadata lacks run.c = 1); "
+                    "convert it with: python3 export.py FOLDER -o model.bin");
+    if (!strcmp(version, "heads 1"))
+        return fail(error, "this file holds draft heads; give it with --draft to the model that they are for");
+    if (strcmp(version, "1"))
+        return fail(error, "this file has format version \"%.20s\"; this run.c reads version 1", version);
+    if (config_read(c, &r, NULL))
         return -1;
     if (!(m->layers = calloc((size_t)c->layers, sizeof *m->layers)) ||
         !(m->rope = calloc((size_t)c->rope_dims / 2 + 1, sizeof *m->rope)) ||
@@ -1108,7 +1351,7 @@ static int model_read(struct run_model *m, run_error *error)
         if (!(m->tokenizer = tokenizer_open(&source, c->vocab, sentence, sizeof sentence)))
             return fail(error, "the tokenizer is damaged: %s", sentence);
     }
-    return (m->kernels = choose_kernels(error)) ? 0 : -1;
+    return (m->kernels = choose_kernels(error)) && heads_read(m, &m->file, error) == 0 ? 0 : -1;
 }
 
 run_model *run_open(const char *path, run_error *error)
@@ -2033,6 +2276,7 @@ struct run_session {
     int first_row, wanted;              /* rows of logits from the last pass */
     int row, ahead;                     /* the one to draw from next; positions behind `length` that hold proposals */
     struct drafting *drafting;          /* NULL until it is wanted */
+    struct prophets *prophets;          /* draft heads at work; NULL without */
     struct pass *pass;
     int borrowed;                       /* the pass is another session's */
     float *candidates;                  /* [vocab] for the sampler */
@@ -2042,11 +2286,15 @@ struct run_session {
 };
 
 static void drafting_close(struct drafting *d);
+static struct prophets *prophets_open(run_session *s, run_error *error);
+static void prophets_close(struct prophets *h, int n);
+static void prophets_rewind(run_session *s, int position);
+static void keep_states(run_session *s, int first, int n, int position);
 static void forget_behind(run_session *s, int position);
 
 struct row {                            /* of a forward pass */
     run_session *session;
-    const float *vector;                /* [dim] in place of a token's embedding, or NULL */
+    const float *vector;                /* [dim] in place of a token's embedding, or NULL; a draft head's state */
     int token, position;
     int wanted;                         /* its logits are */
 };
@@ -2058,8 +2306,11 @@ struct thread_space {                   /* what a thread has for itself */
 
 struct pass {
     const struct run_model *model;
-    struct team team;
+    struct team *team;                  /* its own, or that of the pass whose heads draft */
+    int own_team;
     int n, wanted, observed;
+    int kept;                           /* what draft heads want of the layers' inputs */
+    int chained;                        /* a draft head's states are what the step before handed on */
     int alone;                          /* every thread prepares all rows, without a barrier */
     int n_tiles;
     struct row rows[CHUNK];
@@ -2067,8 +2318,10 @@ struct pass {
     int wanted_rows[LOGIT_ROWS];
     atomic_int bad;                     /* 0, or 1 + layer * CHUNK + row of something not finite */
     struct input norm, att, hid, last;  /* operands of matrices: [n, dim], [n, heads hd], [n, hidden], [wanted, dim] */
+    struct input embedded, state;       /* of a draft head: [n, the trunk's dim], [n, state] */
+    float *tapped;                      /* [n, taps, dim] inputs of the layers that draft heads ask for */
     float *x;                           /* [n, dim] the residual stream */
-    float *q;                           /* [n, heads hd] */
+    float *q;                           /* [n, heads hd], with gates [n, heads, 2, hd] */
     float *k, *v;                       /* [n, kv hd] */
     float *branch;                      /* [n, dim] what a layer adds, if a norm comes before */
     float *rope;                        /* [n, rope_dims] cos, sin, cos, sin ... */
@@ -2115,16 +2368,22 @@ static void pass_close(struct pass *p)
 {
     if (!p)
         return;
-    for (int i = 0; p->threads && i < p->team.size; i++) {
+    for (int i = 0; p->threads && i < p->team->size; i++) {
         input_close(&p->threads[i].norm, 1);
         input_close(&p->threads[i].att, 0);
         free(p->threads[i].queries);
     }
-    team_close(&p->team);
+    if (p->own_team && p->team)
+        team_close(p->team);
+    if (p->own_team)
+        free(p->team);
     input_close(&p->norm, 1);
     input_close(&p->att, 1);
     input_close(&p->hid, 1);
     input_close(&p->last, 1);
+    input_close(&p->embedded, 1);
+    input_close(&p->state, 1);
+    free(p->tapped);
     free(p->threads);
     free(p->x);
     free(p->q);
@@ -2136,20 +2395,30 @@ static void pass_close(struct pass *p)
     free(p);
 }
 
-static struct pass *pass_open(const struct run_model *m, int threads, run_error *error)
+/* team: of the trunk's pass, for a draft head; NULL: a new one. */
+static struct pass *pass_open(const struct run_model *m, struct team *team, int threads, run_error *error)
 {
     const struct config *c = &m->config;
+    const struct mixing *mix = m->mixing;
     size_t dim = (size_t)c->dim, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv * c->hd);
     struct pass *p = calloc(1, sizeof *p);
-    if (!p || team_open(&p->team, threads, error)) {
+    if (!p || !(p->team = team ? team : calloc(1, sizeof *team)) || (!team && team_open(p->team, threads, error))) {
+        if (p && !team)
+            free(p->team);
         free(p);
         return NULL;
     }
+    p->own_team = !team;
     p->model = m;
+    threads = p->team->size;
     int bad = input_open(&p->norm, CHUNK, c->dim, 1) | input_open(&p->att, CHUNK, (int)q, 1) |
               input_open(&p->hid, CHUNK, c->hidden, 1) | input_open(&p->last, LOGIT_ROWS, c->dim, 1);
     bad |= !(p->x = calloc(CHUNK * dim, sizeof(float)));
-    bad |= !(p->q = calloc(CHUNK * q, sizeof(float)));
+    bad |= !(p->q = calloc(CHUNK * q << c->gated, sizeof(float)));
+    if (mix)
+        bad |= input_open(&p->embedded, CHUNK, mix->embedding.cols, 1) | input_open(&p->state, CHUNK, mix->state, 1);
+    if (m->n_taps)
+        bad |= !(p->tapped = calloc(CHUNK * dim * (size_t)m->n_taps, sizeof(float)));
     bad |= !(p->k = calloc(CHUNK * kv, sizeof(float)));
     bad |= !(p->v = calloc(CHUNK * kv, sizeof(float)));
     bad |= !(p->branch = calloc(CHUNK * dim, sizeof(float)));
@@ -2192,9 +2461,10 @@ void run_session_close(run_session *s)
         return;
     if (s->cache)
         munmap(s->cache, s->cache_bytes);
+    prophets_close(s->prophets, s->model->n_heads);
+    drafting_close(s->drafting);
     if (!s->borrowed)
         pass_close(s->pass);
-    drafting_close(s->drafting);
     free(s->layer_at);
     free(s->slots);
     free(s->tokens);
@@ -2203,8 +2473,9 @@ void run_session_close(run_session *s)
     free(s);
 }
 
-/* `shared`: the work space of another session, which must outlive this one; NULL: its own. */
-static run_session *session_open(const run_model *m, const run_options *options, struct pass *shared, run_error *error)
+/* shared, team: the work space, or only the threads, of another session, which must outlive this one; or NULL. */
+static run_session *session_open(const run_model *m, const run_options *options, struct pass *shared, struct team *team,
+                                 run_error *error)
 {
     run_options o = { 0 };
     if (options)
@@ -2243,7 +2514,11 @@ static run_session *session_open(const run_model *m, const run_options *options,
         at += (size_t)s->slots[i] * (size_t)(m->config.kv * m->config.hd) * BLOCK * 2 * (s->cache_f32 ? 4 : 2);
     }
     s->borrowed = shared != NULL;
-    if (!(s->pass = shared ? shared : pass_open(m, threads, error))) {
+    if (!(s->pass = shared ? shared : pass_open(m, team, threads, error))) {
+        run_session_close(s);
+        return NULL;
+    }
+    if (m->n_heads && !o.no_heads && !shared && !(s->prophets = prophets_open(s, error))) {
         run_session_close(s);
         return NULL;
     }
@@ -2252,7 +2527,7 @@ static run_session *session_open(const run_model *m, const run_options *options,
 
 run_session *run_session_open(const run_model *m, const run_options *options, run_error *error)
 {
-    return session_open(m, options, NULL, error);
+    return session_open(m, options, NULL, NULL, error);
 }
 
 /* The keys of a head's block of positions; the values follow them. */
@@ -2282,7 +2557,7 @@ static void copy_timeline(run_session *f, const run_session *s)
 
 run_session *run_session_fork(const run_session *s, run_error *error)
 {
-    run_options o = { s->context, s->pass->team.size, s->cache_f32 };
+    run_options o = { s->context, s->pass->team->size, s->cache_f32, !s->prophets };
     run_session *f = run_session_open(s->model, &o, error);
     if (!f)
         return NULL;
@@ -2319,27 +2594,40 @@ static void mark(struct pass *p, int me, enum part part)
     p->mark = now;
 }
 
+static int not_finite(const float *x, int n)
+{
+    int32_t largest_bits = 0; /* floats without sign compare as integers */
+    for (int i = 0; i < n; i++) {
+        int32_t bits = (int32_t)(bits_of(x[i]) & 0x7fffffff);
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+    }
+    return largest_bits >= 0x7f800000;
+}
+
+static void embedding_of(const struct matrix *w, int token, float scale, float *x)
+{
+    int row = token % STRIP;
+    for (int i = 0; i < w->cols; i++) {
+        if (w->type <= BF16) {
+            x[i] = float_weight(w, (size_t)token * (size_t)w->cols + (size_t)i);
+        } else {
+            const unsigned char *block = block_of(w, token / STRIP, i / BLOCK);
+            float q = (float)quant_of(block, w->type, row, i % BLOCK), d = scale_of(block, w->type, row, i % BLOCK / GROUP, 0);
+            x[i] = fma_(q, d, w->type == Q4A ? scale_of(block, w->type, row, i % BLOCK / GROUP, 1) : 0.0f);
+        }
+        x[i] *= scale;
+    }
+}
+
 static void embed(struct pass *p, int me)
 {
-    const struct matrix *w = &p->model->embedding;
-    int dim = w->cols;
-    for (int r = me; r < p->n; r += p->team.active) {
-        int token = p->rows[r].token, row = token % STRIP;
-        float *x = p->x + (size_t)r * (size_t)dim;                     /* [dim] */
-        if (p->rows[r].vector) {
-            memcpy(x, p->rows[r].vector, (size_t)dim * sizeof *x);
-            continue;
-        }
-        for (int i = 0; i < dim; i++) {
-            if (w->type <= BF16) {
-                x[i] = float_weight(w, (size_t)token * (size_t)dim + (size_t)i);
-            } else {
-                const unsigned char *block = block_of(w, token / STRIP, i / BLOCK);
-                float q = (float)quant_of(block, w->type, row, i % BLOCK), d = scale_of(block, w->type, row, i % BLOCK / GROUP, 0);
-                x[i] = fma_(q, d, w->type == Q4A ? scale_of(block, w->type, row, i % BLOCK / GROUP, 1) : 0.0f);
-            }
-            x[i] *= p->model->config.embedding_scale;
-        }
+    size_t dim = (size_t)p->model->config.dim;
+    for (int r = me; r < p->n; r += p->team->active) {
+        float *x = p->x + (size_t)r * dim;                             /* [dim] */
+        if (p->rows[r].vector)
+            memcpy(x, p->rows[r].vector, dim * sizeof *x);
+        else
+            embedding_of(&p->model->embedding, p->rows[r].token, p->model->config.embedding_scale, x);
     }
 }
 
@@ -2347,13 +2635,21 @@ static void embed(struct pass *p, int me)
 static void rope_angles(struct pass *p, int me)
 {
     int pairs = p->model->config.rope_dims / 2;
-    for (int r = me; r < p->n; r += p->team.active)
+    for (int r = me; r < p->n; r += p->team->active)
         for (int i = 0; i < pairs; i++) {
             float *at = p->rope + (size_t)r * (size_t)(2 * pairs) + 2 * i;
             sine_cosine((double)((float)p->rows[r].position * p->model->rope[i]), &at[1], &at[0]);
             at[0] *= p->model->config.rope_factor;
             at[1] *= p->model->config.rope_factor;
         }
+}
+
+static int normalize(const struct run_model *m, float *out, const float *x, const float *weight, int n)
+{
+    if (weight != no_norm)
+        return m->kernels->rmsnorm(out, x, weight, n, m->config.eps);
+    memmove(out, x, (size_t)n * sizeof *x);
+    return not_finite(x, n);
 }
 
 /* Makes `in` ready to be multiplied: the residual stream normalised with `norm` (NULL: what is in
@@ -2365,15 +2661,15 @@ static const struct input *prepare(struct pass *p, int me, int layer, struct inp
     in = p->alone ? own : in;
     if (!norm && !m->has_packed)
         return in;
-    for (int r = p->alone ? 0 : me; r < p->n; r += p->alone ? 1 : p->team.active) {
+    for (int r = p->alone ? 0 : me; r < p->n; r += p->alone ? 1 : p->team->active) {
         if (norm)
-            note(p, m->kernels->rmsnorm(in->x + (size_t)r * in->stride, p->x + (size_t)r * (size_t)m->config.dim, norm,
-                                        m->config.dim, m->config.eps), layer, r);
+            note(p, normalize(m, in->x + (size_t)r * in->stride, p->x + (size_t)r * (size_t)m->config.dim, norm,
+                              m->config.dim), layer, r);
         if (m->has_packed)
             note(p, m->kernels->quantize(in, r, 0, 2 * (int)blocks(in->cols)), layer, r);
     }
     if (!p->alone)
-        barrier(&p->team);
+        barrier(p->team);
     return in;
 }
 
@@ -2391,8 +2687,8 @@ static void multiply(struct pass *p, int me, const struct product *products, int
     int total = 0, begin, end;
     for (int i = 0; i < n_products; i++)
         total += (int)strips(products[i].w->rows);
-    int grain = total / (8 * p->team.active) + 1;
-    while (next_piece(&p->team, me, total, grain, &begin, &end))
+    int grain = total / (8 * p->team->active) + 1;
+    while (next_piece(p->team, me, total, grain, &begin, &end))
         for (int piece = begin; piece < end; piece++) {
             const struct product *a = products;
             int strip = piece;
@@ -2421,8 +2717,8 @@ static void feed_forward(struct pass *p, int me, int layer, const struct input *
     const struct layer *l = &p->model->layers[layer];
     const struct kernels *kernels = p->model->kernels;
     int hidden = l->gate.rows, total = 2 * (int)blocks(hidden), begin, end;
-    int grain = total / (8 * p->team.active) + 1;
-    while (next_piece(&p->team, me, total, grain, &begin, &end))
+    int grain = total / (8 * p->team->active) + 1;
+    while (next_piece(p->team, me, total, grain, &begin, &end))
         for (int group = begin; group < end; group++)
             for (int r0 = 0; r0 < in->n; r0 += TILE) {
                 int n = in->n - r0 < TILE ? in->n - r0 : TILE;
@@ -2446,16 +2742,6 @@ static void feed_forward(struct pass *p, int me, int layer, const struct input *
             }
 }
 
-static int not_finite(const float *x, int n)
-{
-    int32_t largest_bits = 0; /* floats without sign compare as integers */
-    for (int i = 0; i < n; i++) {
-        int32_t bits = (int32_t)(bits_of(x[i]) & 0x7fffffff);
-        largest_bits = bits > largest_bits ? bits : largest_bits;
-    }
-    return largest_bits >= 0x7f800000;
-}
-
 /* For one key head and the query heads that share it: norms, rotation, and the keys and
    values into the cache. */
 static void rotate_and_store(struct pass *p, int layer, int head, int first, int end)
@@ -2463,23 +2749,23 @@ static void rotate_and_store(struct pass *p, int layer, int head, int first, int
     const struct config *c = &p->model->config;
     const struct layer *l = &p->model->layers[layer];
     const struct kernels *kernels = p->model->kernels;
-    int hd = c->hd, group = c->heads / c->kv, pairs = c->rope_dims / 2;
+    int hd = c->hd, group = c->heads / c->kv, pairs = c->rope_dims / 2, step = hd << c->gated;
     for (int r = first; r < end; r++) {
-        float *q = p->q + (size_t)r * (size_t)(c->heads * hd) + head * group * hd;  /* [group, hd] */
+        float *q = p->q + (size_t)r * (size_t)(c->heads * step) + head * group * step; /* [group, hd], gates between */
         float *k = p->k + (size_t)r * (size_t)(c->kv * hd) + head * hd;             /* [hd] */
         float *v = p->v + (size_t)r * (size_t)(c->kv * hd) + head * hd;             /* [hd] */
         const float *angles = p->rope + (size_t)r * (size_t)(2 * pairs);
         for (int i = 0; i < group; i++) {
             if (l->q_norm)
-                kernels->rmsnorm(q + i * hd, q + i * hd, l->q_norm, hd, c->eps);
-            kernels->rope(q + i * hd, angles, pairs, c->rope_interleaved);
+                kernels->rmsnorm(q + i * step, q + i * step, l->q_norm, hd, c->eps);
+            kernels->rope(q + i * step, angles, pairs, c->rope_interleaved);
         }
         if (l->k_norm)
             kernels->rmsnorm(k, k, l->k_norm, hd, c->eps);
         kernels->rope(k, angles, pairs, c->rope_interleaved);
 
         /* the cache rounds what is not finite to something that is */
-        note(p, not_finite(q, group * hd) || not_finite(k, hd) || not_finite(v, hd), layer, r);
+        note(p, not_finite(q, group * step) || not_finite(k, hd) || not_finite(v, hd), layer, r);
 
         const run_session *s = p->rows[r].session;
         int block = p->rows[r].position / BLOCK, i = p->rows[r].position % BLOCK;
@@ -2510,7 +2796,7 @@ static void attend(struct pass *p, int me, int layer, int head, int first, int e
     int hd = c->hd, group = c->heads / c->kv, window = p->model->layers[layer].window, n = (end - first) * group;
     int low = INT_MAX, high = 0;
     for (int i = 0; i < n; i++) {
-        size_t at = (size_t)(first + i / group) * (size_t)(c->heads * hd) + (size_t)((head * group + i % group) * hd);
+        size_t at = ((size_t)(first + i / group) * (size_t)(c->heads * hd) + (size_t)((head * group + i % group) * hd)) << c->gated;
         int position = p->rows[first + i / group].position, start = window && position >= window ? position - window + 1 : 0;
         queries[i] = (struct query){ .q = p->q + at, .max = -INFINITY,
                                      .out = p->att.x + (size_t)(first + i / group) * p->att.stride + (head * group + i % group) * hd };
@@ -2542,6 +2828,8 @@ static void attend(struct pass *p, int me, int layer, int head, int first, int e
         float inverse = 1.0f / queries[i].sum;
         for (int d = 0; d < hd; d++)
             queries[i].out[d] *= inverse;
+        for (int d = 0; c->gated && d < hd; d++)
+            queries[i].out[d] /= 1.0f + exp_(-queries[i].q[hd + d]);
     }
 }
 
@@ -2551,17 +2839,17 @@ static void attention(struct pass *p, int me, int layer)
 {
     int heads = p->model->config.kv, begin, end;
     if (p->n_tiles > 1) {
-        while (next_piece(&p->team, me, heads * p->n_tiles, 1, &begin, &end))
+        while (next_piece(p->team, me, heads * p->n_tiles, 1, &begin, &end))
             rotate_and_store(p, layer, begin % heads, p->tiles[begin / heads].first, p->tiles[begin / heads].end);
-        barrier(&p->team);
+        barrier(p->team);
     }
-    while (next_piece(&p->team, me, heads * p->n_tiles, 1, &begin, &end)) {
+    while (next_piece(p->team, me, heads * p->n_tiles, 1, &begin, &end)) {
         int first = p->tiles[begin / heads].first, last = p->tiles[begin / heads].end;
         if (p->n_tiles == 1)
             rotate_and_store(p, layer, begin, first, last);
         attend(p, me, layer, begin % heads, first, last);
     }
-    barrier(&p->team);
+    barrier(p->team);
 }
 
 /* x += in . w^T + bias, which some architectures normalise before they add it. */
@@ -2570,16 +2858,16 @@ static void add_branch(struct pass *p, int me, int layer, const struct matrix *w
 {
     const struct config *c = &p->model->config;
     multiply(p, me, &(struct product){ w, norm ? p->branch : p->x, (size_t)c->dim, bias, !norm }, 1, in);
-    barrier(&p->team);
+    barrier(p->team);
     if (!norm)
         return;
-    for (int r = me; r < p->n; r += p->team.active) {
+    for (int r = me; r < p->n; r += p->team->active) {
         float *branch = p->branch + (size_t)r * (size_t)c->dim, *x = p->x + (size_t)r * (size_t)c->dim;
         note(p, p->model->kernels->rmsnorm(branch, branch, norm, c->dim, c->eps), layer, r);
         for (int i = 0; i < c->dim; i++)
             x[i] += branch[i];
     }
-    barrier(&p->team);
+    barrier(p->team);
 }
 
 /* Hands rows to the sessions' observers. Costs one branch when there are none. */
@@ -2587,13 +2875,52 @@ static void observe(struct pass *p, int me, const char *point, int layer, const 
 {
     if (!p->observed)
         return;
-    barrier(&p->team);
+    barrier(p->team);
     for (int r = 0; me == 0 && r < p->n; r++) {
         const run_session *s = p->rows[r].session;
         if (s->observer)
             s->observer(s->observer_context, point, layer, values + (size_t)r * stride, p->rows[r].position, width);
     }
-    barrier(&p->team);
+    barrier(p->team);
+}
+
+/* What a draft head begins with, from the embedding of a token and a state of the trunk. [n, dim] */
+static void mix(struct pass *p, int me)
+{
+    const struct run_model *m = p->model;
+    const struct mixing *mix = m->mixing;
+    size_t dim = (size_t)m->config.dim;
+    int chained = mix->fuse.rows && p->chained;
+    for (int r = me; r < p->n; r += p->team->active) {
+        float *e = p->embedded.x + (size_t)r * p->embedded.stride, *h = p->state.x + (size_t)r * p->state.stride;
+        embedding_of(&mix->embedding, p->rows[r].token, mix->embedding_scale, e);
+        if (mix->zero_first && p->rows[r].position == 0)
+            memset(e, 0, (size_t)mix->embedding.cols * sizeof *e);
+        if (mix->e_norm)
+            note(p, normalize(m, e, e, mix->e_norm, mix->embedding.cols), 0, r);
+        if (chained) {
+            memcpy(p->x + (size_t)r * dim, p->rows[r].vector, dim * sizeof *e);
+        } else {
+            memcpy(h, p->rows[r].vector, (size_t)mix->state * sizeof *h);
+            if (mix->h_norm && !mix->fuse.rows)
+                note(p, normalize(m, h, h, mix->h_norm, mix->state), 0, r);
+        }
+        if (m->has_packed)
+            note(p, m->kernels->quantize(&p->embedded, r, 0, 2 * (int)blocks(p->embedded.cols)), 0, r);
+        if (m->has_packed && !chained)
+            note(p, m->kernels->quantize(&p->state, r, 0, 2 * (int)blocks(p->state.cols)), 0, r);
+    }
+    barrier(p->team);
+    if (!mix->fuse.rows) {
+        multiply(p, me, &(struct product){ &mix->e_proj, p->x, dim, mix->bias, 0 }, 1, &p->embedded);
+        barrier(p->team);
+        multiply(p, me, &(struct product){ &mix->h_proj, p->x, dim, NULL, 1 }, 1, &p->state);
+    } else if (!chained) {
+        multiply(p, me, &(struct product){ &mix->fuse, p->x, dim, mix->bias, 0 }, 1, &p->state);
+    }
+    barrier(p->team);
+    for (int r = me; mix->residual_normed && r < p->n; r += p->team->active)
+        note(p, normalize(m, p->x + (size_t)r * dim, p->x + (size_t)r * dim, mix->h_norm, m->config.dim), 0, r);
 }
 
 /* The transformer, as one thread of the team sees it. It runs n rows through all layers; the rows
@@ -2605,10 +2932,11 @@ static void forward(void *context, int me)
     const struct config *c = &m->config;
     size_t dim = (size_t)c->dim, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv * c->hd);
     struct thread_space *own = &p->threads[me];
+    const struct mixing *mixing = m->mixing;
 
-    embed(p, me);                                                      /* x [n, dim] */
+    (mixing ? mix : embed)(p, me);                                     /* x [n, dim] */
     rope_angles(p, me);
-    barrier(&p->team);
+    barrier(p->team);
     mark(p, me, EMBED);
     observe(p, me, "embed", -1, p->x, dim, c->dim);
 
@@ -2616,13 +2944,23 @@ static void forward(void *context, int me)
         const struct layer *l = &m->layers[i];
         const struct input *in;
 
+        for (int k = 0; p->kept && k < m->n_taps; k++)
+            for (int r = me; m->taps[k] == i && r < p->n; r += p->team->active)
+                memcpy(p->tapped + (size_t)(r * m->n_taps + k) * dim, p->x + (size_t)r * dim, dim * sizeof *p->x);
+
         /* attention: x += o . attend(q, k, v) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->attn_norm);    /* [n, dim] */
         mark(p, me, PREPARE);
-        multiply(p, me, (struct product[]){ { &l->q, p->q, q, l->q_bias, 0 },    /* [n, heads hd] */
-                                        { &l->k, p->k, kv, l->k_bias, 0 },   /* [n, kv hd] */
-                                        { &l->v, p->v, kv, l->v_bias, 0 } }, /* [n, kv hd] */ 3, in);
-        barrier(&p->team);
+        multiply(p, me, (struct product[]){ { &l->q, p->q, q << c->gated, l->q_bias, 0 },    /* [n, heads hd] */
+                                            { &l->k, p->k, kv, l->k_bias, 0 },               /* [n, kv hd] */
+                                            { &l->v, p->v, kv, l->v_bias, 0 } }, 3, in);     /* [n, kv hd] */
+        barrier(p->team);
+        if (mixing && mixing->q_e.rows) {
+            multiply(p, me, (struct product[]){ { &mixing->q_e, p->q, q << c->gated, NULL, 1 },
+                                                { &mixing->k_e, p->k, kv, NULL, 1 },
+                                                { &mixing->v_e, p->v, kv, NULL, 1 } }, 3, &p->embedded);
+            barrier(p->team);
+        }
         mark(p, me, QKV);
         attention(p, me, i);                                           /* att [n, heads hd] */
         mark(p, me, ATTENTION);
@@ -2636,32 +2974,42 @@ static void forward(void *context, int me)
         in = prepare(p, me, i, &p->norm, &own->norm, l->ffn_norm);     /* [n, dim] */
         mark(p, me, PREPARE);
         feed_forward(p, me, i, in);                                        /* hid [n, hidden] */
-        barrier(&p->team);
+        barrier(p->team);
         mark(p, me, GATE_UP);
         add_branch(p, me, i, &l->down, l->down_bias, l->post_ffn_norm, &p->hid);
         mark(p, me, DOWN);
         observe(p, me, "out", i, p->x, dim, c->dim);
     }
 
+    for (int i = 0; i < m->n_residuals; i++) {
+        const struct input *in = prepare(p, me, i, &p->norm, &own->norm, no_norm);
+        multiply(p, me, &(struct product){ &m->residuals[i].w, p->branch, dim, m->residuals[i].bias, 0 }, 1, in);
+        barrier(p->team);
+        for (int r = me; r < p->n; r += p->team->active)
+            for (size_t k = (size_t)r * dim; k < (size_t)(r + 1) * dim; k++)
+                p->x[k] += p->branch[k] / (1.0f + exp_(-p->branch[k]));
+        barrier(p->team);
+    }
+
     /* logits, for the rows that want them */
-    for (int j = me; j < p->wanted; j += p->team.active) {
+    for (int j = me; j < p->wanted; j += p->team->active) {
         int r = p->wanted_rows[j];
-        note(p, m->kernels->rmsnorm(p->last.x + (size_t)j * p->last.stride, p->x + (size_t)r * dim, m->output_norm,
-                                    c->dim, c->eps), c->layers, r);
+        note(p, normalize(m, p->last.x + (size_t)j * p->last.stride, p->x + (size_t)r * dim, m->output_norm, c->dim),
+             c->layers, r);
         if (m->has_packed)
             note(p, m->kernels->quantize(&p->last, j, 0, 2 * (int)blocks(c->dim)), c->layers, r);
     }
-    barrier(&p->team);
+    barrier(p->team);
     if (!p->wanted)
         return;
     multiply(p, me, &(struct product){ &m->output, p->logits, (size_t)c->vocab, NULL, 0 }, 1, &p->last);  /* [wanted, vocab] */
-    barrier(&p->team);
-    for (int j = me; j < p->wanted; j += p->team.active)
+    barrier(p->team);
+    for (int j = me; j < p->wanted; j += p->team->active)
         note(p, not_finite(p->logits + (size_t)j * (size_t)c->vocab, c->vocab), c->layers, p->wanted_rows[j]);
     if (c->logit_scale != 1 || c->logit_cap > 0)
-        barrier(&p->team);
+        barrier(p->team);
     for (size_t i = (size_t)me; (c->logit_scale != 1 || c->logit_cap > 0) && i < (size_t)p->wanted * (size_t)c->vocab;
-         i += (size_t)p->team.active) {
+         i += (size_t)p->team->active) {
         float x = p->logits[i] * c->logit_scale;
         p->logits[i] = c->logit_cap > 0 ? c->logit_cap * tanh_(x / c->logit_cap) : x;
     }
@@ -2671,20 +3019,21 @@ static void forward(void *context, int me)
 /* Runs up to CHUNK rows; p->logits then holds those of the wanted ones in order. */
 static int run_pass(struct pass *p, const struct row *rows, int n, run_error *error)
 {
-    p->n = p->norm.n = p->att.n = p->hid.n = n;
+    p->n = p->norm.n = p->att.n = p->hid.n = p->embedded.n = p->state.n = n;
     p->alone = n <= ALONE;
-    for (int i = 0; i < p->team.size; i++)
+    for (int i = 0; i < p->team->size; i++)
         p->threads[i].norm.n = p->threads[i].att.n = n;
-    p->wanted = p->n_tiles = p->observed = 0;
+    p->wanted = p->n_tiles = p->observed = p->kept = 0;
     p->bad = 0;
     int pieces = p->model->config.kv * ((n + TILE - 1) / TILE), tile = TILE;
-    if (n >= TILE / 2 && pieces < 4 * p->team.usable && pieces % p->team.usable)
+    if (n >= TILE / 2 && pieces < 4 * p->team->usable && pieces % p->team->usable)
         tile = (n < TILE ? n + 1 : TILE) / 2;   /* few pieces of attention would not come out even */
     memcpy(p->rows, rows, (size_t)n * sizeof *rows);
     for (int r = 0; r < n; r++) {
         if (rows[r].wanted)
             p->wanted_rows[p->wanted++] = r;
         p->observed |= rows[r].session->observer != NULL;
+        p->kept |= rows[r].session->prophets != NULL;
         if (r == 0 || rows[r].session != rows[r - 1].session || r - p->tiles[p->n_tiles - 1].first == tile)
             p->tiles[p->n_tiles++].first = r;
         p->tiles[p->n_tiles - 1].end = r + 1;
@@ -2693,7 +3042,7 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     p->mark = p->timed ? seconds() : 0;
     size_t bytes = p->model->weight_bytes;
     int small = bytes < 4 << 20 && bytes * (size_t)n < 32 << 20; /* not worth waking others for */
-    team_run(&p->team, small, forward, p);
+    team_run(p->team, small, forward, p);
     if (p->bad) {
         int layer = (p->bad - 1) / CHUNK, position = p->rows[(p->bad - 1) % CHUNK].position;
         if (layer == p->model->config.layers)
@@ -2729,6 +3078,7 @@ static int eval(run_session *s, const int *ids, int n, int wanted, run_error *er
             run_error second;
             return rewind_to(s, length, &second), -1;
         }
+        keep_states(s, 0, chunk, s->length);
         s->length += chunk;
         done += chunk;
     }
@@ -3084,9 +3434,196 @@ static int followed(const struct lookup *l, struct cursor c)
     return c.length && l->after[c.state] < l->n ? l->tokens[l->after[c.state]] : -1;
 }
 
+/* -- heads: small models that go on from the states of the trunk --
+
+   A head reads a row for every position t of the timeline: the trunk's state there and (if it is
+   serial) the token at t + 1. It has a cache of its own. The trunk's latest states are kept, so
+   that a head which has rested catches up in one batch; if it rested for too long, it begins anew
+   with what is there. Rows of proposals are dropped before the next true ones come.            */
+
+enum { KEPT = 512 };                    /* states */
+
+struct prophets {
+    run_session *s[16];                 /* of the heads; their length: rows that are true */
+    float *states;                      /* [KEPT, state] of positions modulo KEPT */
+    float *chained;                     /* [dim of the head] what the last step hands on */
+    int width, from, kept;              /* of a state; positions from .. kept - 1 have theirs there */
+    int base;                           /* position of the heads' first row */
+};
+
+static void prophets_close(struct prophets *h, int n)
+{
+    for (int i = 0; h && i < n; i++)
+        run_session_close(h->s[i]);
+    if (h) {
+        free(h->states);
+        free(h->chained);
+    }
+    free(h);
+}
+
+/* Needs the session's pass. */
+static struct prophets *prophets_open(run_session *s, run_error *error)
+{
+    const struct run_model *m = s->model;
+    struct prophets *h = calloc(1, sizeof *h);
+    if (!h)
+        return fail(error, "out of memory"), NULL;
+    h->width = m->config.dim * (m->n_taps ? m->n_taps : 1);
+    h->states = calloc((size_t)KEPT * (size_t)h->width, sizeof *h->states);
+    h->chained = calloc((size_t)m->heads[0].model.config.dim, sizeof *h->chained);
+    int bad = !h->states || !h->chained;
+    for (int i = 0; i < m->n_heads && !bad; i++)
+        bad = !(h->s[i] = session_open(&m->heads[i].model, &(run_options){ s->context, 0, s->cache_f32, 1 }, NULL, s->pass->team, error));
+    if (bad) {
+        fail(error, "out of memory for draft heads");
+        prophets_close(h, m->n_heads);
+        return NULL;
+    }
+    return h;
+}
+
+static int catch_up(run_session *s, int i, int end, int wanted);
+
+/* After a pass: the states of its rows [first, first + n), which stand at `position` and behind. */
+static void keep_states(run_session *s, int first, int n, int position)
+{
+    struct prophets *h = s->prophets;
+    const struct run_model *m = s->model;
+    const struct pass *p = s->pass;
+    if (!h)
+        return;
+    for (int i = 0; i < m->n_heads; i++) /* what is overwritten has to be read before */
+        if (m->heads[i].kind != MEDUSA && position + n - h->base - h->s[i]->length > KEPT)
+            catch_up(s, i, position - 1, 0);
+    if (position > h->kept || position < h->from)
+        h->from = position;             /* what lies between is not known */
+    for (int i = 0; i < n; i++) {
+        float *to = h->states + (size_t)((position + i) % KEPT) * (size_t)h->width;
+        const float *x = p->x + (size_t)(first + i) * (size_t)m->config.dim;
+        if (m->n_taps)
+            memcpy(to, p->tapped + (size_t)(first + i) * (size_t)h->width, (size_t)h->width * sizeof *to);
+        else if (m->heads[0].state == STATE_LAST)
+            memcpy(to, x, (size_t)h->width * sizeof *to);
+        else
+            m->kernels->rmsnorm(to, x, m->output_norm, h->width, m->config.eps);
+    }
+    h->kept = position + n;
+    h->from = h->kept - h->from > KEPT ? h->kept - KEPT : h->from;
+}
+
+/* Heads forget what they know of positions from `position` on. */
+static void prophets_rewind(run_session *s, int position)
+{
+    struct prophets *h = s->prophets;
+    int rows = h ? position - 1 - h->base : 0; /* the row of t needs the token at t + 1 */
+    rows = rows > 0 ? rows : 0;
+    for (int i = 0; h && i < s->model->n_heads; i++)
+        h->s[i]->length = h->s[i]->length < rows ? h->s[i]->length : rows;
+    if (h && h->kept > position)
+        h->kept = position;
+    if (h && h->from > h->kept)
+        h->from = h->kept;
+}
+
+static float *state_at(const struct prophets *h, int t)
+{
+    return h->states + (size_t)(t % KEPT) * (size_t)h->width;
+}
+
+/* One pass of a head over rows. */
+static int prophesy(run_session *head, struct row *rows, int n, int chained)
+{
+    run_error error;
+    head->pass->chained = chained;
+    head->written = head->length + n > head->written ? head->length + n : head->written;
+    return run_pass(head->pass, rows, n, &error);
+}
+
+/* Head i reads the positions before `end` that it has not read; the last row gets logits. */
+static int catch_up(run_session *s, int i, int end, int wanted)
+{
+    struct prophets *h = s->prophets;
+    run_session *head = h->s[i];
+    if (h->base + head->length < h->from) {
+        for (int k = 0; k < s->model->n_heads; k++)
+            h->s[k]->length = 0;
+        h->base = h->from;
+    }
+    if (s->model->heads[i].kind == MEDUSA) /* has no cache */
+        h->base = end - 1 - head->length;
+    while (h->base + head->length < end) {
+        struct row rows[CHUNK];
+        int n = 0, t = h->base + head->length;
+        for (; n < CHUNK && t + n < end; n++)
+            rows[n] = (struct row){ head, state_at(h, t + n), s->tokens[t + n + 1], head->length + n, wanted && t + n == end - 1 };
+        if (prophesy(head, rows, n, 0))
+            return -1;
+        if (s->model->heads[i].kind == MEDUSA)
+            break;
+        head->length += n;
+    }
+    return 0;
+}
+
+/* What head i proposes after its last pass of n rows, and how sure it is. */
+static int proposal_of(const run_session *s, int i, double *p)
+{
+    const struct head *head = &s->model->heads[i];
+    const float *logits = s->prophets->s[i]->pass->logits;
+    int best = best_of(logits, head->model.config.vocab);
+    *p = 1 / head->model.kernels->exp_sum(logits, head->model.config.vocab, logits[best], 1);
+    return head->rows ? head->rows[best] : best;
+}
+
+/* The state that the last row of a head's last pass hands on. */
+static void hand_on(run_session *s, int row)
+{
+    const struct head *head = &s->model->heads[0];
+    const struct pass *p = s->prophets->s[0]->pass;
+    size_t dim = (size_t)head->model.config.dim;
+    memcpy(s->prophets->chained, head->chain_norm ? p->last.x : p->x + (size_t)row * dim, dim * sizeof(float));
+}
+
+/* The proposal for place `at` of the window (0: behind the token at tokens[length]) of the heads
+   alone, given the one for the place before. -1: there is none. */
+static int next_prophecy(run_session *s, int at, int before, double *p)
+{
+    const struct run_model *m = s->model;
+    struct prophets *h = s->prophets;
+    if (m->heads[0].kind != SERIAL) {
+        if (at >= m->n_heads || h->kept < s->length || catch_up(s, at, s->length, 1))
+            return -1;
+        return proposal_of(s, at, p);
+    }
+    run_session *head = h->s[0];
+    if (at == 0) {
+        int t = h->base + head->length;
+        if (h->kept < s->length)
+            return -1;
+        if (t >= s->length)             /* the last row again */
+            head->length = s->length - 1 - h->base > 0 ? s->length - 1 - h->base : 0;
+        t = h->base + head->length > h->from ? h->base + head->length : h->from;
+        if (catch_up(s, 0, s->length, 1))
+            return -1;
+        hand_on(s, (s->length - 1 - t) % CHUNK);
+    } else {
+        if (!m->heads[0].may_chain || head->length + at > head->context)
+            return -1;
+        struct row row = { head, h->chained, before, head->length + at - 1, 1 };
+        head->length += at - 1;
+        int failed = prophesy(head, &row, 1, 1);
+        head->length -= at - 1;
+        if (failed)
+            return -1;
+        hand_on(s, 0);
+    }
+    return proposal_of(s, 0, p);
+}
+
 /* -- what drafting knows: how probable its proposals are, and what passes cost -- */
 
-enum { N_ROWS = LOGIT_ROWS, MATCH_BINS = 9 };
+enum { N_ROWS = LOGIT_ROWS, MATCH_BINS = 9, SURE_BINS = 10 };
 
 struct odds { double hits, n; };        /* both fade, so that they tell of late */
 
@@ -3103,6 +3640,10 @@ struct drafting {
     int in_corpus_at;                   /* tokens of the timeline that it has followed */
     int *corpus_tokens;
     struct odds lookup_odds[2][MATCH_BINS];
+    struct odds head_odds[SURE_BINS];   /* by how sure the head was */
+    struct odds place_odds[N_ROWS];     /* of heads, by place in the window */
+    double head_time;                   /* of one step, in seconds */
+    unsigned heads_tried;               /* the step in which they last proposed */
     struct proposal window[N_ROWS];
     int proposed, drafted, judged;      /* of the window; judged: compared with what was drawn */
     double time[N_ROWS + 1];            /* of a pass over so many rows, in seconds */
@@ -3134,6 +3675,10 @@ static struct drafting *drafting_open(run_session *s, run_error *error)
         fail(error, "out of memory for drafting");
         return NULL;
     }
+    for (int i = 0; i < SURE_BINS; i++)
+        d->head_odds[i] = (struct odds){ 0.6 * (i + 0.5), 6 };
+    for (int i = 0; i < N_ROWS; i++)
+        d->place_odds[i] = (struct odds){ 2, 4 };
     for (int i = 0; i < 2 * MATCH_BINS; i++)
         d->lookup_odds[i / MATCH_BINS][i % MATCH_BINS] = (struct odds){ 6 * prior[i % MATCH_BINS], 6 };
     return d;
@@ -3201,6 +3746,13 @@ static void note_time(struct drafting *d, int k, double time)
     }
 }
 
+/* Tokens a second: of late, or with passes of one token each. */
+static double rate_of(const struct drafting *d)
+{
+    double rate = d->seconds > 0 ? d->drawn / d->seconds : 0, alone = d->time[1] > 0 ? 1 / d->time[1] : 0;
+    return rate > alone ? rate : alone;
+}
+
 /* How many of the proposals to verify: those that give the most tokens for their time, time being
    worth what it brought of late. */
 static int choose_width(struct drafting *d, int n)
@@ -3211,8 +3763,7 @@ static int choose_width(struct drafting *d, int n)
     }
     if (d->timed[1] < 2 || d->steps - d->last_timed[1] > 64)
         return 0;                       /* what it would cost without has to be known */
-    double rate = d->seconds > 0 ? d->drawn / d->seconds : 0, alone = 1 / d->time[1];
-    rate = rate > alone ? rate : alone;
+    double rate = rate_of(d);
     int best = 0;
     double value = 1 - rate * d->time[1], reached = 1, tokens = 1;
     for (int k = 1; k <= n; k++) {
@@ -3228,11 +3779,22 @@ static int choose_width(struct drafting *d, int n)
     return best;
 }
 
+/* Whether a step of the heads promises more than it costs. */
+static int worth_asking(const struct drafting *d, int at, double reached, double rate)
+{
+    const struct odds *o = &d->place_odds[at];
+    if (d->random || (at == 0 && d->steps - d->heads_tried > 64))
+        return 1;
+    double cost = pass_time(d, at + 2) - pass_time(d, at + 1) + d->head_time;
+    return reached * o->hits / o->n > rate * cost;
+}
+
 /* Other tokens may come at `position`. */
 static void forget_behind(run_session *s, int position)
 {
     if (s->drafting && s->drafting->text.n > position)
         lookup_clear(&s->drafting->text);
+    prophets_rewind(s, position);
 }
 
 /* Proposals for what follows the timeline and the token behind it, tokens[length]. */
@@ -3249,8 +3811,6 @@ static int propose(run_session *s, const run_generation *how, int most)
             d->window[i] = (struct proposal){ tokens[i], RUN_LOOKUP, &d->lookup_odds[0][0], 1 };
         return d->drafted = d->random ? choose_width(d, d->proposed) : d->proposed;
     }
-    if (how->draft != RUN_DRAFT_AUTO && how->draft != RUN_DRAFT_LOOKUP)
-        return 0;
     if (d->text.n > n)
         lookup_clear(&d->text);
     while (d->text.n < n)
@@ -3262,15 +3822,38 @@ static int propose(run_session *s, const run_generation *how, int most)
             follow(&d->corpus, &d->in_corpus, s->tokens[d->in_corpus_at++]);
     }
     struct cursor here = lookup_end(&d->text), there = d->in_corpus;
+    int heads = s->prophets && how->draft != RUN_DRAFT_LOOKUP && d->timed[1] >= 2; /* they have seen all proposals so far */
+    double rate = rate_of(d);
     for (double reached = 1; d->proposed < most && reached > 0.02; d->proposed++) {
         struct proposal *p = &d->window[d->proposed];
-        int from_corpus = d->corpus.room && there.length > here.length;
-        p->token = from_corpus ? followed(&d->corpus, there) : followed(&d->text, here);
+        int at = d->proposed, from_corpus = d->corpus.room && there.length > here.length;
+        *p = (struct proposal){ .token = -1 };
+        if (how->draft != RUN_DRAFT_HEADS)
+            p->token = from_corpus ? followed(&d->corpus, there) : followed(&d->text, here);
+        if (p->token >= 0) {
+            p->drafter = RUN_LOOKUP;
+            p->odds = &d->lookup_odds[from_corpus][match_bin(from_corpus ? there.length : here.length)];
+            p->p = p->odds->hits / p->odds->n;
+        }
+        if (heads && p->p >= d->place_odds[at].hits / d->place_odds[at].n && d->steps - d->heads_tried <= 64)
+            heads = 0;
+        if (heads && (heads = worth_asking(d, at, reached, rate))) {
+            double start = seconds(), sure;
+            int token = next_prophecy(s, at, at ? d->window[at - 1].token : 0, &sure);
+            double time = seconds() - start;
+            if (at)
+                d->head_time += (time - d->head_time) / 8;
+            else if (d->head_time == 0)
+                d->head_time = time;
+            d->heads_tried = d->steps;
+            heads = token >= 0;
+            int bin = (int)(sure * SURE_BINS);
+            struct odds *o = &d->head_odds[bin < SURE_BINS ? bin : SURE_BINS - 1];
+            if (heads && (p->token < 0 || o->hits / o->n > p->p))
+                *p = (struct proposal){ token, RUN_HEADS, o, o->hits / o->n };
+        }
         if (p->token < 0)
             break;
-        p->drafter = RUN_LOOKUP;
-        p->odds = &d->lookup_odds[from_corpus][match_bin(from_corpus ? there.length : here.length)];
-        p->p = p->odds->hits / p->odds->n;
         reached *= p->p;
         follow(&d->text, &here, p->token);
         if (d->corpus.room)
@@ -3288,6 +3871,8 @@ static void judge_next(struct drafting *d, int id, run_result *r)
     struct proposal *p = &d->window[d->judged];
     int hit = p->token == id;
     judge(p->odds, hit);
+    if (p->drafter == RUN_HEADS)
+        judge(&d->place_odds[d->judged], hit);
     if (hit && d->judged < d->drafted) {
         r->accepted++;
         r->accepted_by[p->drafter]++;
@@ -3481,6 +4066,7 @@ static int advance(struct generator *const *g, int n, run_error *error)
             rewind_to(s, s->length, &second);
             continue;
         }
+        keep_states(s, row, width + 1, s->length);
         s->first_row = row;
         s->row = 0;
         s->wanted = width + 1;
@@ -3996,21 +4582,6 @@ static void on_interrupt(int number)
 {
     (void)number;
     interrupted = 1;
-}
-
-static uint32_t crc32_of(uint32_t crc, const unsigned char *data, size_t n)
-{
-    uint32_t table[256]; /* reflected polynomial 0xedb88320, as in zlib and PNG */
-    for (uint32_t i = 0; i < 256; i++) {
-        uint32_t c = i;
-        for (int k = 0; k < 8; k++)
-            c = c & 1 ? c >> 1 ^ 0xedb88320 : c >> 1;
-        table[i] = c;
-    }
-    crc = ~crc;
-    for (size_t i = 0; i < n; i++)
-        crc = table[(crc ^ data[i]) & 255] ^ crc >> 8;
-    return ~crc;
 }
 
 struct text {                       /* a string that grows; `broken` once memory ran out */
@@ -5017,7 +5588,7 @@ static int failure(const run_error *error)
 
 static const char *const mode_names[] = { "generate", "chat", "perplexity", "tokenize", "info", "bench", "quantize", NULL };
 static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q8", NULL };
-static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", "lookup", NULL };
+static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", "lookup", "heads", NULL };
 static const char *const compare_names[] = { "nothing", "context", "isa", "threads", NULL };
 enum { BY_CONTEXT = 1, BY_ISA, BY_THREADS };
 
@@ -5555,7 +6126,7 @@ static void print_ids(struct text *t, const int *ids, int n)
 /* More members of the object "stats". */
 static void print_drafting(struct text *t, const run_result *r)
 {
-    static const char *const names[RUN_DRAFTERS] = { "lookup" };
+    static const char *const names[RUN_DRAFTERS] = { "lookup", "heads" };
     int deepest = RUN_DRAFT_MOST;
     text_print(t, ",\"tokens_per_pass\":%.4g,\"draft_s\":%.6g,\"verify_s\":%.6g,\"tok_s_without\":%.6g,\"drafters\":{",
                rate(r->tokens, r->passes), r->draft_seconds, r->verify_seconds, rate(r->tokens, r->seconds * (1 + net_gain(r))));
@@ -6131,7 +6702,7 @@ static int mode_batch(const struct options *o, run_session *s, enum mode mode, r
     }
     size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 2, each = cache_bytes(s->model, s->context, s->cache_f32);
     while (!failed && n_slots < LOGIT_ROWS && n_slots < b.n - b.next && (!n_slots || (size_t)(n_slots + 1) * each <= memory)) {
-        slots[n_slots].s = !n_slots && !b.base ? s : session_open(s->model, &(run_options){ s->context, 0, s->cache_f32 }, s->pass, error);
+        slots[n_slots].s = !n_slots && !b.base ? s : session_open(s->model, &(run_options){ s->context, 0, s->cache_f32, 1 }, s->pass, NULL, error);
         if (!slots[n_slots++].s)
             failed = -1;
     }
@@ -6326,7 +6897,7 @@ static int mode_info(const struct options *o, run_error *error)
         return failure(error);
     }
     run_model *m = run_open(o->model, &why);
-    run_session *s = m ? run_session_open(m, &(run_options){ 64, o->threads, o->kv_f32 }, &why) : NULL;
+    run_session *s = m ? run_session_open(m, &(run_options){ 64, o->threads, o->kv_f32, 1 }, &why) : NULL;
     int unrun = !s || fingerprint(s, digits, &why);
     const struct container *file = m ? &m->file : &c;
 
@@ -6390,7 +6961,7 @@ static int mode_info(const struct options *o, run_error *error)
         text_print(&t, o->json ? ",\"isa\":\"%s\",\"isas\":[" : "instructions  %s, of", m->kernels->name);
         for (int i = 0; i < n; i++)
             text_print(&t, o->json ? "%s\"%s\"" : "%.0s %s", i ? "," : "", list[i]->name);
-        text_print(&t, o->json ? "],\"threads\":%d" : "\nthreads       %d\n", s ? s->pass->team.size : 0);
+        text_print(&t, o->json ? "],\"threads\":%d" : "\nthreads       %d\n", s ? s->pass->team->size : 0);
     }
     text_print(&t, o->json ? ",\"fingerprint\":\"%s\"}\n" : "fingerprint   %s\n", digits);
     int failed = print_text(&t, error);
@@ -6441,7 +7012,7 @@ struct load {                       /* work for all threads that is nothing but 
 static void read_memory(void *context, int me)
 {
     struct load *l = context;
-    struct team *team = &l->session->pass->team;
+    struct team *team = l->session->pass->team;
     int begin, end;
     while (next_piece(team, me, (int)(l->n / 8192), 8, &begin, &end))
         l->sum += l->session->model->kernels->read(l->words + (size_t)begin * 8192, (size_t)(end - begin) * 8192);
@@ -6461,7 +7032,7 @@ static int read_bandwidth(run_session *s, double *bandwidth, run_error *error)
     *bandwidth = 0;
     for (double start = seconds(), before; seconds() - start < 1;) {
         before = seconds();
-        team_run(&s->pass->team, 0, read_memory, &l);
+        team_run(s->pass->team, 0, read_memory, &l);
         double speed = (double)(l.n / 8192 * 65536) / (seconds() - before);
         *bandwidth = speed > *bandwidth ? speed : *bandwidth;
     }
@@ -6481,7 +7052,7 @@ static void multiply_in_cache(void *context, int me)
     (void)me;
     for (int i = 0; i < RATE_TIMES * RATE_STRIPS; i++)
         p->model->kernels->matmul[w->type](tile, w, i % RATE_STRIPS % (int)strips(w->rows), &p->norm, 0, 8);
-    barrier(&p->team);
+    barrier(p->team);
 }
 
 /* Multiply-adds a second of all threads together where nothing waits for memory. */
@@ -6494,8 +7065,8 @@ static double rate_in_cache(run_session *s)
     p->norm.n = 8;                  /* whatever the last pass left there */
     for (int i = 0; i < 2 * REPEATS; i++) {
         double start = seconds();
-        team_run(&p->team, 0, multiply_in_cache, &l);
-        double speed = 8.0 * RATE_TIMES * RATE_STRIPS * STRIP * w->cols * p->team.active / (seconds() - start);
+        team_run(p->team, 0, multiply_in_cache, &l);
+        double speed = 8.0 * RATE_TIMES * RATE_STRIPS * STRIP * w->cols * p->team->active / (seconds() - start);
         best = speed > best ? speed : best;
     }
     return best;
@@ -6581,7 +7152,7 @@ static int time_start(const struct options *o, int cold, double *time, run_error
 #endif
     double start = seconds();
     run_model *m = run_open(o->model, error);
-    run_session *s = m ? run_session_open(m, &(run_options){ 64, o->threads, o->kv_f32 }, error) : NULL;
+    run_session *s = m ? run_session_open(m, &(run_options){ 64, o->threads, o->kv_f32, 1 }, error) : NULL;
     int failed = !s || run_eval(s, &(int){ 0 }, 1, error);
     *time = seconds() - start;
     run_session_close(s);
@@ -6644,7 +7215,7 @@ static void print_figures(struct text *t, const run_session *s, const struct fig
         text_print(t, "  %-18s %8.1f us  %4.1f %%\n", part_names[i], 1e6 * f->parts[i], 100 * f->parts[i] / total);
     text_print(t, "  %-18s %8.1f us  %4.1f %%\n", "sampler", 1e6 * f->sampler, 100 * f->sampler / total);
     text_print(t, "\nstart         %9.1f ms from opening the file to the first token, %.1f ms from disk\n", 1e3 * f->warm, 1e3 * f->cold);
-    const struct team *team = &s->pass->team;
+    const struct team *team = s->pass->team;
     text_print(t, "instructions  %s, %d threads", m->kernels->name, team->size);
     if (team->took < 0.99 * team->size * team->runs)
         text_print(t, " (%.2f took part, since others kept the cores busy)", team->took / team->runs);
@@ -6674,14 +7245,14 @@ static void print_figures_json(struct text *t, const run_session *s, const struc
                f->bandwidth / 1e9, f->rate / 1e9, m->weight_bytes,
                (double)m->weight_bytes / f->decode.middle / f->bandwidth);
     text_print(t, ",\"start_ms\":{\"cold\":%.4g,\"warm\":%.4g}", 1e3 * f->cold, 1e3 * f->warm);
-    text_print(t, ",\"isa\":\"%s\",\"threads\":%d,\"fingerprint\":\"%s\"}\n", m->kernels->name, s->pass->team.size, f->fingerprint);
+    text_print(t, ",\"isa\":\"%s\",\"threads\":%d,\"fingerprint\":\"%s\"}\n", m->kernels->name, s->pass->team->size, f->fingerprint);
 }
 
 /* Decode and prompt speed behind texts of several lengths, or with each instruction set, or number of threads. */
 static int compare(const struct options *o, run_session *s, struct text *t, run_error *error)
 {
     const struct kernels *list[4];
-    int n_isas = available_kernels(list), most = s->pass->team.size;
+    int n_isas = available_kernels(list), most = s->pass->team->size;
     for (int i = 0;; i++) {
         run_session *used = s;
         struct spread one = { 0 }, prompt = { 0 };
@@ -6695,7 +7266,7 @@ static int compare(const struct options *o, run_session *s, struct text *t, run_
             snprintf(label, sizeof label, o->json ? "\"%s\"" : "%s", list[i]->name);
         }
         if (o->compare == BY_THREADS &&
-            !(used = run_session_open(s->model, &(run_options){ s->context, i + 1, s->cache_f32 }, error)))
+            !(used = run_session_open(s->model, &(run_options){ s->context, i + 1, s->cache_f32, 1 }, error)))
             return -1;
         int failed = time_pass(used, cached, 1, &one, error) ||
                      (cached + 128 <= s->context && time_pass(used, cached, 128, &prompt, error));
@@ -6828,7 +7399,8 @@ static int read_corpus(const struct options *o, run_session *s, run_error *error
 
 static int with_session(const struct options *o, const run_model *m, enum mode mode, run_error *error)
 {
-    run_options how = { o->context, o->threads, o->kv_f32 };
+    int drafts = (mode == CHAT || mode == GENERATE) && o->draft != RUN_DRAFT_OFF && o->draft != RUN_DRAFT_LOOKUP;
+    run_options how = { o->context, o->threads, o->kv_f32, !drafts };
     run_session *s = run_session_open(m, &how, error);
     if (!s)
         return failure(error);

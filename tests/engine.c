@@ -7,9 +7,10 @@
    engine same MODEL                  the same, and threads and chunks compared
    engine rewinds MODEL SEED POISON   sessions that evaluate, rewind, fork, fail and generate,
                                       compared with fresh ones
-   engine drafts MODEL SEED TRIALS    generations with drafters that are right, wrong or random, compared with none
+   engine drafts MODEL SEED TRIALS HEADS generations with drafters that are right, wrong or random, compared with none
    engine lookups - TRIALS            lookup against a plain search
    engine frequencies MODEL N PERCENT tokens that N seeds draw at that temperature, against their probabilities
+   engine heads MODEL FILE STEPS      logits of the draft heads (requests on standard input)
    engine rows MODEL SEED             rows of several sessions in one pass, compared with each alone
    engine logits MODEL F32            float32 logits of the int32 ids on standard input
    engine sample MODEL                draws from given logits (requests on standard input)
@@ -356,11 +357,13 @@ static void check_cache(const run_session *a, const run_session *b, const char *
                 }
 }
 
-static int drafts(const char *path, int seed, int trials)
+static int drafts(const char *path, int seed, int trials, const char *head_file)
 {
     run_model *m = open_model(path);
+    if (*head_file && run_attach_heads(m, head_file, &problem))
+        die("engine: %s", problem.text);
     static const char *const stops[] = { "e", " the", "and " };
-    int vocab = m->config.vocab, drafted = 0, accepted = 0, windows = 0;
+    int vocab = m->config.vocab, drafted = 0, accepted = 0, windows = 0, prophesied = 0;
     dice_state = (uint64_t)seed;
     for (int trial = 0; trial < trials; trial++) {
         int ids[LONG], n = 1 + dice(90), context = dice(3) ? LONG : n + 1 + dice(30), period = 1 + dice(12);
@@ -375,12 +378,13 @@ static int drafts(const char *path, int seed, int trials)
         how.context = &truth;
         if (run_eval(truth.s, ids, n, &problem) || run_generate(truth.s, &how, &right, &problem))
             die("engine: %s", problem.text);
-        for (int kind = 0; kind < 7; kind++) {
-            static const char *const names[] = { "an oracle", "an adversary", "half right", "nonsense", "auto", "auto at random", "lookup at random" };
+        for (int kind = 0; kind < 8; kind++) {
+            static const char *const names[] = { "an oracle", "an adversary", "half right", "nonsense", "auto", "auto at random",
+                                                 "lookup at random", "heads at random" };
             struct told t = { .s = open_session(m, context, 1 + kind % 2, trial & 1) };
             struct guesser g = { kind < 4 ? (int)kind : 0, &truth, &t };
             how.context = &t;
-            how.draft = kind == 6 ? RUN_DRAFT_LOOKUP : RUN_DRAFT_AUTO;
+            how.draft = kind == 6 ? RUN_DRAFT_LOOKUP : kind == 7 ? RUN_DRAFT_HEADS : RUN_DRAFT_AUTO;
             t.s->drafting = need(drafting_open(t.s, &problem));
             t.s->drafting->random = kind > 4 ? (uint64_t)trial * 77 + 1 : 0;
             t.s->drafting->foreign = kind < 4 ? guess : NULL;
@@ -410,6 +414,7 @@ static int drafts(const char *path, int seed, int trials)
             drafted += r.drafted;
             accepted += r.accepted;
             windows += r.passes;
+            prophesied += r.drafted_by[RUN_HEADS];
 
             /* something else behind a part of it, as in a conversation: lookup must not remember what is gone */
             int back = dice(run_position(t.s) + 1), more = 1 + dice(10), room = context - back;
@@ -443,7 +448,7 @@ static int drafts(const char *path, int seed, int trials)
         run_session_close(truth.s);
     }
     run_close(m);
-    printf("same text with every drafter: %d of %d accepted in %d passes\n", accepted, drafted, windows);
+    printf("same text with every drafter: %d of %d accepted in %d passes, %d by heads\n", accepted, drafted, windows, prophesied);
     return 0;
 }
 
@@ -594,6 +599,44 @@ static int frequencies(const char *path, int seeds, int percent)
     free(q);
     free(counts);
     run_session_close(s);
+    run_close(m);
+    return 0;
+}
+
+/* What the heads of a model (or of a file of their own) say. Standard input: for each position t of the
+   sequence that is tried: the number of ids, the ids, the token drawn behind them, and whether the prompt comes in one piece. Standard
+   output: float32 logits of the trunk for the last id, then of three steps of the heads, each with its own proposal. */
+static int heads(const char *path, const char *file, int steps)
+{
+    run_model *m = open_model(path);
+    int n, ids[LONG], next, piece;
+    if (*file && strcmp(file, "-") && run_attach_heads(m, file, &problem))
+        die("engine: %s", problem.text);
+    if (!m->n_heads)
+        die("engine: there are no heads");
+    size_t vocab = (size_t)m->config.vocab;
+    while (scanf("%d", &n) == 1 && n > 0 && n < LONG - 8) {
+        run_session *s = open_session(m, LONG, 1, 1);
+        for (int i = 0; i < n; i++)
+            if (scanf("%d", &ids[i]) != 1)
+                die("engine: ids are missing");
+        if (scanf("%d %d", &next, &piece) != 2)
+            die("engine: the next id is missing");
+        for (int at = 0; at < n; at += piece ? n : 1)
+            if (run_eval(s, ids + at, piece ? n : 1, &problem))
+                die("engine: %s", problem.text);
+        fwrite(run_logits(s), sizeof(float), vocab, stdout);
+        s->tokens[s->length] = next;
+        for (int step = 0, token = 0; step < steps; step++) {
+            double sure;
+            token = next_prophecy(s, step, token, &sure);
+            int module = m->heads[0].kind == SERIAL ? 0 : step;
+            if (token < 0)
+                die("engine: no proposal at step %d", step);
+            fwrite(s->prophets->s[module]->pass->logits, sizeof(float), (size_t)m->heads[module].model.config.vocab, stdout);
+        }
+        run_session_close(s);
+    }
     run_close(m);
     return 0;
 }
@@ -1160,11 +1203,13 @@ int main(int n, char **words)
     if (!strcmp(command, "rewinds"))
         return rewinds(path, numbers[0], numbers[1]);
     if (!strcmp(command, "drafts"))
-        return drafts(path, numbers[0], numbers[1]);
+        return drafts(path, numbers[0], numbers[1], n > 5 ? words[5] : "");
     if (!strcmp(command, "lookups"))
         return lookups(numbers[0]);
     if (!strcmp(command, "frequencies"))
         return frequencies(path, numbers[0], numbers[1]);
+    if (!strcmp(command, "heads"))
+        return heads(path, n > 3 ? words[3] : "-", numbers[1]);
     if (!strcmp(command, "rows"))
         return mixed_rows(path, numbers[0]);
     if (!strcmp(command, "logits"))
