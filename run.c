@@ -1119,6 +1119,7 @@ static void measure_weights(struct run_model *m)
    medusa    residual blocks over the trunk's last state, one head for each token (Cai et al. 2024)   */
 
 enum head_kind { SERIAL, PARALLEL, MEDUSA };
+static const char *const head_kinds[] = { "serial", "parallel", "medusa", NULL };
 enum head_state { STATE_NORM, STATE_LAST, STATE_BEFORE, STATE_LAYERS };
 
 struct head {
@@ -1141,11 +1142,13 @@ static int head_read(struct run_model *trunk, struct container *file, int number
     snprintf(r.prefix, sizeof r.prefix, "draft.%d.", number);
     if (config_read(c, &r, t))
         return -1;
-    h->kind = (enum head_kind)get_word(&r, "kind", (const char *const[]){ "serial", "parallel", "medusa", NULL });
+    h->kind = (enum head_kind)get_word(&r, "kind", head_kinds);
     h->state = (enum head_state)get_word(&r, "state", (const char *const[]){ "norm", "last", "before", "layers", NULL });
     h->chain_norm = !get_word(&r, "chain", (const char *const[]){ "norm", "out", NULL });
     h->may_chain = (int)get_integer(&r, "may_chain", 0, 1, 1);
     h->acceptance = get_text(&r, "acceptance");
+    if (h->acceptance && strspn(h->acceptance, "0123456789. ") != strlen(h->acceptance))
+        return fail(error, "metadata draft.%d.acceptance should be a list of numbers", number);
     int norm = get_word(&r, "norm", (const char *const[]){ "own", "trunk", "none", NULL });
     int taps = h->state == STATE_LAYERS ? get_list(&r, "layers", trunk->taps, 8, t->layers - 1) : h->state == STATE_BEFORE;
     if (h->state == STATE_BEFORE)
@@ -5537,7 +5540,8 @@ static const char usage_text[] =
     "  -j N                  threads (physical cores this process may use)\n"
     "  --kv f16|f32          type of the key/value cache (f16)\n"
     "  --draft WHAT          auto: guess what comes next and check guesses together, if that saves time (default);\n"
-    "                        off; lookup: only from what the text repeats. The text is the same with each\n"
+    "                        off; lookup: only from what the text repeats; heads: only by the model's draft heads;\n"
+    "                        FILE: heads from a file of their own. The text is the same with each\n"
     "  --draft-max N         tokens to guess at most (15)\n"
     "  --draft-corpus FILE   a text to guess from, besides prompt and answer\n"
     "many at once (generate, chat):\n"
@@ -5561,7 +5565,7 @@ enum { MAX_STOPS = 64 };
 enum mode { GENERATE, CHAT, PERPLEXITY, TOKENIZE, INFO, BENCH, QUANTIZE };      /* as in mode_names */
 
 struct options {
-    const char *model, *prompt, *prompt_file, *system, *output, *seed, *corpus, *shard_text, *stops[MAX_STOPS];
+    const char *model, *prompt, *prompt_file, *system, *output, *seed, *corpus, *shard_text, *draft_text, *stops[MAX_STOPS];
     int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max, compare, samples, shard, shards;
     run_sampling sampling;
 };
@@ -5617,7 +5621,7 @@ static const struct option {
     { "-c", WHOLE, PLACE(context), 1, 1 << 26, NULL },
     { "-j", WHOLE, PLACE(threads), 1, 1024, NULL },
     { "--kv", WORD, PLACE(kv_f32), 0, 0, cache_names },
-    { "--draft", WORD, PLACE(draft), 0, 0, draft_names },
+    { "--draft", TEXT, PLACE(draft_text), 0, 0, NULL },
     { "--draft-max", WHOLE, PLACE(draft_max), 1, RUN_DRAFT_MOST, NULL },
     { "--draft-corpus", TEXT, PLACE(corpus), 0, 0, NULL },
     { "--samples", WHOLE, PLACE(samples), 1, 1 << 20, NULL },
@@ -5706,6 +5710,13 @@ static struct options parse_options(int n, char **words)
         wrong_usage("which model? for example: ./run models/stories260K.bin");
     if (o.prompt && o.prompt_file)
         wrong_usage("-i and -f are two prompts; give one");
+    while (o.draft_text && draft_names[o.draft] && strcmp(o.draft_text, draft_names[o.draft]))
+        o.draft++;                      /* beyond the words: a file */
+    FILE *file = draft_names[o.draft] ? NULL : fopen(o.draft_text, "rb");
+    if (!draft_names[o.draft] && !file)
+        wrong_usage("--draft takes one of auto, off, lookup, heads, or a file of draft heads, not \"%s\"", o.draft_text);
+    if (file)
+        fclose(file);
     int end = 0;
     if (o.shard_text && (sscanf(o.shard_text, "%9d/%9d%n", &o.shard, &o.shards, &end) != 2 || o.shard_text[end] ||
                          o.shard < 1 || o.shard > o.shards))
@@ -6957,7 +6968,22 @@ static int mode_info(const struct options *o, run_error *error)
         text_print(&t, o->json ? ",\"tokenizer\":\"%s\"" : "tokenizer     %s\n", kind ? kind : "rank");
         text_print(&t, o->json ? ",\"chat\":%s" : "chat format   %s\n",
                    run_text(m, "chat.user.before") ? o->json ? "true" : "yes" : o->json ? "false" : "none");
-        text_print(&t, o->json ? ",\"heads\":[]" : "draft heads   none\n");
+        text_print(&t, o->json ? ",\"heads\":[" : m->n_heads ? "" : "draft heads   none\n");
+        for (int i = 0; i < m->n_heads; i++) {
+            const struct head *h = &m->heads[i];
+            const struct matrix *x[] = { &h->mixing.e_proj, &h->mixing.h_proj, &h->mixing.fuse };
+            size_t bytes = h->model.weight_bytes;
+            for (int k = 0; k < 3; k++)
+                bytes += x[k]->rows ? matrix_bytes(x[k]->type, x[k]->rows, x[k]->cols) : 0;
+            text_print(&t, o->json ? "%s{\"kind\":\"%s\",\"rows\":%d,\"bytes\":%zu,\"acceptance\":[" :
+                       "%.0sdraft head    %s, %d output rows, %zu bytes a proposal", i ? "," : "", head_kinds[h->kind],
+                       h->model.config.vocab, bytes);
+            for (const char *a = h->acceptance ? h->acceptance : ""; *a; a += strcspn(a, " ") + (a[strcspn(a, " ")] == ' '))
+                text_print(&t, o->json ? "%s%.*s" : "%s%.*s", a == h->acceptance ? o->json ? "" : "; acceptance when made " : o->json ? "," : " ",
+                           (int)strcspn(a, " "), a);
+            text_print(&t, o->json ? "]}" : "\n");
+        }
+        text_print(&t, o->json ? "]" : "%s", "");
         text_print(&t, o->json ? ",\"isa\":\"%s\",\"isas\":[" : "instructions  %s, of", m->kernels->name);
         for (int i = 0; i < n; i++)
             text_print(&t, o->json ? "%s\"%s\"" : "%.0s %s", i ? "," : "", list[i]->name);
@@ -7400,6 +7426,10 @@ static int read_corpus(const struct options *o, run_session *s, run_error *error
 static int with_session(const struct options *o, const run_model *m, enum mode mode, run_error *error)
 {
     int drafts = (mode == CHAT || mode == GENERATE) && o->draft != RUN_DRAFT_OFF && o->draft != RUN_DRAFT_LOOKUP;
+    if (drafts && o->draft == RUN_DRAFT_HEADS && !m->n_heads) {
+        fail(error, "this model has no draft heads; --draft lookup needs none, and --draft FILE takes heads from a file of their own");
+        return failure(error);
+    }
     run_options how = { o->context, o->threads, o->kv_f32, !drafts };
     run_session *s = run_session_open(m, &how, error);
     if (!s)
@@ -7437,6 +7467,13 @@ int main(int n, char **words)
     run_model *m = run_open(o.model, &error);
     if (!m)
         return failure(&error);
+    if (!draft_names[o.draft]) {
+        o.draft = RUN_DRAFT_AUTO;
+        if (run_attach_heads(m, o.draft_text, &error)) {
+            run_close(m);
+            return failure(&error);
+        }
+    }
     enum mode mode = o.mode >= 0 ? (enum mode)o.mode : run_text(m, "chat.user.before") && m->tokenizer ? CHAT : GENERATE;
     check_options(&o, mode);
     if (mode == CHAT || mode == GENERATE)
