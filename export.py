@@ -156,10 +156,10 @@ def widened(kind, data):
 
 def is_copy(a, b):
     """Whether two matrices are the same, as far as the coarser of their types can tell; None: not known."""
+    if a.kind != b.kind and not (a.kind in PLAIN and b.kind in PLAIN):
+        return None
     if a.shape != b.shape or a.kind == b.kind:
         return a.shape == b.shape and all(x == y for x, y in zip(a.chunks(), b.chunks()))
-    if a.kind not in PLAIN or b.kind not in PLAIN:
-        return None
     for pair in zip(*(t.chunks(t.block[1] << 16) for t in (a, b))):
         x, y = (widened(t.kind, data) for t, data in zip((a, b), pair))
         if x != y:
