@@ -162,10 +162,9 @@ def is_copy(a, b):
         return a.shape == b.shape and all(x == y for x, y in zip(a.chunks(), b.chunks()))
     for pair in zip(*(t.chunks(t.block[1] << 16) for t in (a, b))):
         x, y = (widened(t.kind, data) for t, data in zip((a, b), pair))
-        if x != y:
-            form = "<%df" % (len(x) // 4)
-            if any(abs(p - q) > abs(p) / 256 + 2.0 ** -24 for p, q in zip(*(struct.unpack(form, z) for z in (x, y)))):
-                return False
+        numbers = () if x == y else zip(*(struct.unpack("<%df" % (len(x) // 4), data) for data in (x, y)))
+        if any(abs(p - q) > abs(p) / 256 + 2.0 ** -24 for p, q in numbers):
+            return False
     return True
 
 
@@ -280,8 +279,8 @@ def follow_pickle(data, path, storage, tensor):
         elif name in ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"):
             stack.append(value)
         elif name == "GLOBAL":
-            check(value in STORAGES or value in (ORDERED_DICT, REBUILD), path, "its pickle wants %s, which is "
-                  "no part of a list of tensors; nothing of it was run", short(value))
+            check(value in STORAGES or value in (ORDERED_DICT, REBUILD), path, "its pickle wants %s, which "
+                  "is no part of a list of tensors; nothing of it was run", short(value))
             stack.append(Global(value))
         elif name == "EMPTY_DICT":
             stack.append({})
@@ -296,9 +295,9 @@ def follow_pickle(data, path, storage, tensor):
             stack.append(storage(*stack.pop()))
         elif name == "REDUCE":
             values, what = stack.pop(), stack.pop()
-            if type(what) is not Global or what not in (ORDERED_DICT, REBUILD):
+            if type(what) is not Global or what != REBUILD and (what != ORDERED_DICT or values != ()):
                 raise ValueError("a call of something else at %d" % at)
-            stack.append(tensor(*values) if what == REBUILD else dict(*values))
+            stack.append(tensor(*values) if what == REBUILD else {})
         elif name in ("SETITEM", "SETITEMS"):
             items = after_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
             if not all(type(key) is str for key in items[::2]) or len(items) % 2:
@@ -313,8 +312,8 @@ def follow_pickle(data, path, storage, tensor):
 
 
 def read_torch(path, tensors):
-    """Adds the tensors of a zip file of torch.save to the table: a list of them, and a member for the bytes of
-    each storage."""
+    """Adds the tensors of a zip file of torch.save to the table: it holds a list of them, and a member for the
+    bytes of each storage."""
     file, members = File(path), {}
 
     def place(name):
@@ -338,10 +337,10 @@ def read_torch(path, tensors):
         at, size = place(root + "data/" + key)
         check(is_int(n, 0, size) and n * block[1] == size, path, "a storage of %s weights has %d bytes",
               short(n) if is_int(n, 0, 1 << 62) else "unknown many", size)
-        return STORAGES[kind], block, at, n
+        return Tensor("", STORAGES[kind], (n,), file, at, block)
 
     def tensor(where, first, shape, strides, *_):
-        kind, block, at, n = where
+        n = where.size // where.block[1]
         if not (is_ints(list(shape), 1 << 48) and is_ints(list(strides), 1 << 48) and len(shape) <= 8
                 and len(strides) == len(shape) and is_int(first, 0, n) and math.prod(shape) <= n - first):
             raise ValueError("a tensor that does not lie within its storage")
@@ -350,7 +349,7 @@ def read_torch(path, tensors):
             check(stride == step or size <= 1, path, "a tensor of shape %s that is stored in another order: "
                   "save it again, .contiguous()", list(shape))
             step *= size
-        return Tensor("", kind, shape, file, at + first * block[1], block)
+        return Tensor("", where.kind, shape, file, where.at + first * where.block[1], where.block)
 
     try:
         with zipfile.ZipFile(path) as archive:
@@ -770,7 +769,7 @@ def model_from_meta(model, params, tensors):
     m.update({"n_kv_heads": f.size("n_kv_heads", m["n_heads"]), "vocab_size": embedding.shape[0],
               "context_length": f.size("max_seq_len", 2048), "head_dim": m["dim"] // m["n_heads"],
               "norm.eps": repr(f.take("norm_eps", float, 1e-5, 0, 1)), "rope.pairing": "interleaved"})
-    rope(model, "default", Fields("params.json", {}), f.take("rope_theta", float, 10000.0, 1e-3), m["head_dim"])
+    rope(model, "default", f, f.take("rope_theta", float, 10000.0, 1e-3), m["head_dim"])
     f.finish(r"(vocab_size|multiple_of|ffn_dim_multiplier|max_batch_size)$", model.options.ignore)
     collect(model, tensors, [], False, None, meta_name, heads)
 
@@ -818,8 +817,8 @@ def model_from_gguf(model, pairs, tensors):
 
 # ---- Draft heads ---------------------------------------------------------------------------------
 # A head proposes tokens from what the trunk has computed; the trunk decides. What differs between layouts is
-# data: names, which state of the trunk feeds the head, which one is handed on, which norms there are. All that
-# belongs to module N is called draft.N.*; the trunk's embedding and output matrix are never stored again.
+# data: names, which state of the trunk feeds the head, which is handed on, which norms there are. All that is
+# of module N is called draft.N.*; the trunk's embedding and output matrix are never stored again.
 
 # Of each layout: the layer's prefix, the norms of embedding and state, the matrix that mixes them, the norm
 # before the output, copies of the trunk's embedding and output. A dot: after the prefix; -: there is none.
@@ -828,7 +827,8 @@ HEAD_NAMES = {
     "mimo": "model.mtp_layers.%d. .token_layernorm .hidden_layernorm .input_proj .final_layernorm - -",
     "deepseek": "model.layers.%d. .enorm .hnorm .eh_proj .shared_head.norm .embed_tokens .shared_head.head",
     "qwen": "mtp.layers.%d. mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.fc mtp.norm - -",
-    "ernie": "model.mtp_block.%d. model.mtp_emb_norm.%d model.mtp_hidden_norm.%d model.mtp_linear_proj.%d - - -",
+    "ernie": "model.mtp_block.%d. model.mtp_emb_norm.%d model.mtp_hidden_norm.%d model.mtp_linear_proj.%d "
+             "- - -",
     "gguf": "blk.%d. .nextn.enorm .nextn.hnorm .nextn.eh_proj .nextn.shared_head_norm .nextn.embed_tokens "
             ".nextn.shared_head_head",
     "facebook": "extra_heads.%d. - - - - - -",
@@ -838,8 +838,9 @@ HEAD_NAMES = {
 SERIAL = {"kind": "serial", "state": "norm", "chain": "norm", "norm": "own"}
 HEAD_FACTS = {
     "mimo": SERIAL, "deepseek": dict(SERIAL, zero_first=1), "qwen": SERIAL, "gguf": SERIAL,
-    "ernie": dict(SERIAL, chain="out", norm="none", zero_first=1), "eagle": dict(SERIAL, chain="out", norm="none"),
-    "eagle3": dict(SERIAL, chain="out", state="layers"), "speculators": dict(SERIAL, chain="out", state="layers"),
+    "ernie": dict(SERIAL, chain="out", norm="none", zero_first=1),
+    "eagle": dict(SERIAL, chain="out", norm="none"), "eagle3": dict(SERIAL, chain="out", state="layers"),
+    "speculators": dict(SERIAL, chain="out", state="layers"),
     "facebook": {"kind": "parallel", "state": "before", "norm": "trunk"}}
 LAYER_FACTS = ("dim hidden_dim n_heads n_kv_heads head_dim context_length norm.eps activation rope.base "
                "rope.pairing rope.dims rope.attention_factor window").split()
@@ -880,7 +881,8 @@ def put_head(model, facts, made, rows):
 def add_head(model, layout, number, tensors, trunk, facts, freqs=(), rows=None):
     """Moves a module with a layer out of the table. facts: what a trunk's metadata would say about it."""
     facts, dim, made = dict(HEAD_FACTS[layout], n_layers=1, **facts), facts["dim"], []
-    check(dim == trunk.meta["dim"], "draft heads", "width %d, for a trunk of width %d", dim, trunk.meta["dim"])
+    width = trunk.meta["dim"]
+    check(dim == width, "draft heads", "width %d, for a trunk of width %d", dim, width)
 
     def theirs(name):
         return head_name(layout, number, name)
@@ -946,15 +948,16 @@ def find_heads(model, tensors, announced):
     freqs = [t for t in model.tensors if t.name == "rope.freqs"]
     for layout in ("mimo", "deepseek", "qwen", "ernie", "gguf", "facebook"):
         number = m["n_layers"] if layout in ("deepseek", "gguf") else 0
-        while all(name is None or name in tensors for name in (
-                head_name(layout, number, "blk.0.attn_norm.weight"), head_name(layout, number, "mix.weight"))):
+        while all(head_name(layout, number, name) in (None, *tensors)
+                  for name in ("blk.0.attn_norm.weight", "mix.weight")):
             try:
                 add_head(model, layout, number, tensors, trunk, facts, freqs)
             except Refused as error:
                 raise Refused("%s (a draft head; --no-heads leaves them out)" % error)
             number += 1
-    if m.get("draft.count", 0) != announced:
-        model.notes.append("draft heads: %d are announced, %d are here" % (announced, m.get("draft.count", 0)))
+    here = m.get("draft.count", 0)
+    if here != announced:
+        model.notes.append("draft heads: %d are announced, %d are here" % (announced, here))
 
 
 def token_rows(t, vocab, relative):
@@ -967,22 +970,24 @@ def token_rows(t, vocab, relative):
 def eagle_head(model, config, tensors, trunk):
     """EAGLE-1, 2 and 3 as their authors publish them, EAGLE-3 also in speculators' form."""
     f, layer, n = Fields("config.json", config), Model(model.options), trunk.meta["n_layers"]
-    third, facts, rows = any("hidden_norm." in name for name in tensors), {}, None
-    layout = "eagle3" if third else "eagle"
+    facts, rows, layout = {}, None, "eagle"
+    for third, name in ("eagle3", "midlayer.hidden_norm.weight"), ("speculators", "layers.0.hidden_norm.weight"):
+        layout = third if name in tensors else layout
     used = f.take("eagle_aux_hidden_state_layer_ids", list, [2, n // 2, n - 3])
     normed = f.take("norm_before_residual", bool, False)
-    check(f.get("target_hidden_size") in (None, trunk.meta["dim"]), "config.json", "target_hidden_size = %s, "
-          "for a trunk of %d", short(f.get("target_hidden_size")), trunk.meta["dim"])
+    check(f.take("target_hidden_size", int, trunk.meta["dim"]) == trunk.meta["dim"], "config.json",
+          "target_hidden_size is not the trunk's %d", trunk.meta["dim"])
     f.take("draft_vocab_size", int, 0), f.take("bias", bool, False)     # the tensors say the same
-    if "speculators_model_type" in config:
-        layout, config = f.one_of("speculators_model_type", ("eagle3",)), f.take("transformer_layer_config", dict)
-        layout = "speculators"
-        f.finish(HARMLESS + "|speculators_(config|version)$|has_no_defaults_at_init$", model.options.ignore)
-    else:
+    if f.get("speculators_model_type") is None:
         config = {key: value for key, value in config.items() if key not in f.taken}
+    else:
+        f.one_of("speculators_model_type", ("eagle3",))
+        config = f.take("transformer_layer_config", dict)
+        f.finish(HARMLESS + "|speculators_(config|version)$|has_no_defaults_at_init$", model.options.ignore)
     facts_from_config(layer, config)[0].finish(HARMLESS, model.options.ignore)
-    check(layer.meta["n_layers"] == 1, "config.json", "%d layers in a head; one is known", layer.meta["n_layers"])
-    if third:
+    layers = layer.meta["n_layers"]
+    check(layers == 1, "config.json", "%d layers in a head; one is known", layers)
+    if layout != "eagle":
         check(is_ints(used, n - 1) and len(used) == 3, "config.json", "the head reads the layers %s of a trunk "
               "of %d", short(used), n)
         facts = {"layers": " ".join(map(str, used)), "residual": "normed" if normed else "state"}
@@ -997,13 +1002,15 @@ def eagle_head(model, config, tensors, trunk):
 def medusa_heads(model, config, tensors, trunk):
     """Medusa, as its authors and vLLM publish it: residual blocks, then rows of its own or the trunk's."""
     dim, vocab, i = trunk.meta["dim"], trunk.meta["vocab_size"], 0
-    for name in list(tensors):
-        tensors[re.sub(r"medusa_heads?\.", "", name)] = tensors.pop(name)
+    for t in list(tensors.values()):
+        del tensors[t.name]
+        t.name = re.sub(r"medusa_heads?\.", "", t.name)
+        tensors[t.name] = t
     at = "%d.%d.linear." if "0.0.linear.weight" in tensors else "blocks.%d.layers.%d."
     rows = token_rows(tensors.pop("token_map"), vocab, 0) if "token_map" in tensors else None
     shared = tensors.get("lm_heads.0.weight") if "lm_heads.1.weight" not in tensors else None
     if shared:
-        check(trunk_has(model, trunk, shared, "output.weight"), shared.name, "heads that share a matrix which is "
+        check(trunk_has(model, trunk, shared, "output.weight"), shared.name, "the heads share a matrix that is "
               "not the trunk's (or cannot be compared: give the folder that the trunk was made from)")
         del tensors[shared.name]
     while at % (i, 0) + "weight" in tensors:
@@ -1014,12 +1021,12 @@ def medusa_heads(model, config, tensors, trunk):
                 made.append(take(tensors, at % (i, j) + "bias", "res.%d.bias" % j, (dim,)))
             j += 1
         own = tensors.get("%d.%d.weight" % (i, j)) or tensors.get("lm_heads.%d.weight" % i)
-        if own and not trunk_has(model, trunk, own, "output.weight"):
-            whole = take(tensors, own.name, "output.weight", own.shape if own.shape == (len(rows or ()), dim)
-                         else (vocab, dim))
-            made.append(whole.part(whole.name, rows, 0, dim) if rows and whole.shape[0] != len(rows) else whole)
-        elif own:
+        if own and trunk_has(model, trunk, own, "output.weight"):
             del tensors[own.name]
+        elif own:
+            cut = rows and own.shape != (len(rows), dim)
+            own = take(tensors, own.name, "output.weight", (len(rows) if rows and not cut else vocab, dim))
+            made.append(own.part(own.name, rows, 0, dim) if cut else own)
         put_head(model, {"kind": "medusa", "state": "norm", "norm": "none", "dim": dim, "n_layers": 0,
                          "vocab_size": len(rows) if rows else vocab}, made, rows)
         i += 1
@@ -2478,7 +2485,7 @@ def download(name, model):
 
 # ---- Writer --------------------------------------------------------------------------------------
 # A safetensors file whose tensors all start on a multiple of 64 bytes, draft heads on a page of their own: where
-# there are some, the header fills whole pages. The checksums stand in the header, so
+# there are any, the header fills whole pages. The checksums stand in the header, so
 # room is left for them, and the header is written again at the end.
 
 PAGE = 4096
@@ -2550,8 +2557,8 @@ def bytes_text(n):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by the folder that they are in: get "
-           "safetensors or GGUF instead")
+PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by the folder that they are in: "
+           "get safetensors or GGUF instead")
 HEAD_FILES = ("model.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "medusa_lm_head.safetensors")
 EXPECTED = ("expected: a Hugging Face folder, its name on the hub (org/name), a GGUF file or a .bin of "
             "llama2.c")

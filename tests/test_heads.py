@@ -13,7 +13,7 @@ import zipfile
 import zlib
 
 from common import FIXTURES, RUN, STORIES, Safetensors, f32, fresh_folder, ok, scratch, write_safetensors
-from test_export import Export, dump, e, get, main, put
+from test_export import Export, dump, e, get, gguf_bytes, main, put
 
 HEADS = os.path.join(FIXTURES, "heads")
 INSIDE = ["deepseek", "ernie", "facebook", "gguf_llama", "gguf_qwen3", "mimo", "qwen_mtp", "qwen_mtp_plain"]
@@ -470,7 +470,7 @@ class Heads(Export):
                 ("lm_head.weight: a tensor of shape", "eagle3_qwen3", lambda t: t.pop("d2t") and t.pop("t2d"), {}),
                 ("2 layers in a head", "eagle3_qwen3", None, {"num_hidden_layers": 2}),
                 ("draft heads: width 40", "eagle3_qwen3", None, {"hidden_size": 40, "head_dim": 10}),
-                ("target_hidden_size = 40", "eagle3_qwen3", None, {"target_hidden_size": 40}),
+                ("target_hidden_size is not the trunk's 20", "eagle3_qwen3", None, {"target_hidden_size": 40}),
                 ("eagle_config", "eagle3_qwen3", None, {"eagle_config": {"use_last_layernorm": True}}),
                 ("reads the layers [1, 2, 7]", "eagle3_qwen3", None, {"eagle_aux_hidden_state_layer_ids": [1, 2, 7]}),
                 ("reads the layers [1, 2]", "eagle3_qwen3", None, {"eagle_aux_hidden_state_layer_ids": [1, 2]}),
@@ -480,7 +480,7 @@ class Heads(Export):
                 ("model_type", "eagle3_speculators", None, inner(model_type="mamba")),
                 ("hidden_norm", "eagle3_qwen3", lambda t: t.update(
                     {"midlayer.hidden_norm.weight": ("BF16", [10], bytes(20))}), {}),
-                ("share a matrix", "medusa_vllm", lambda t: t.update(
+                ("heads share a matrix", "medusa_vllm", lambda t: t.update(
                     {"lm_heads.0.weight": ("F16", [64, 24], bytes(64 * 24 * 2))}), {}),
                 ("4 heads are announced, 3", "medusa_vllm", None, {"num_heads": 4}),
                 ("tokens beyond", "medusa_vllm", lambda t: t.update(
@@ -511,6 +511,56 @@ class Heads(Export):
             for i in range(3):
                 self.assertEqual(m.tensors["draft.%d.output.weight" % i], ("F16", [37, 24], wanted))
                 self.assertEqual(m.tensors["draft.%d.rows" % i], ("I32", [37], struct.pack("<37i", *ids)))
+
+    def test_quantised_blocks(self):
+        """A GGUF file of blocks: the mixing matrix is cut between them, or not at all."""
+        dim, r = 64, random.Random(3)
+
+        def blocks(rows, columns):
+            return 8, (rows, columns), bytes(r.randrange(256) for _ in range(rows * columns // 32 * 34))
+
+        def made(dim, kind=blocks):
+            ones = 0, (dim,), f32([1] * dim)
+            tensors = {"token_embd.weight": kind(40, dim), "output_norm.weight": ones}
+            for i in range(2):
+                for name, rows, columns in (("attn_q", dim, dim), ("attn_k", dim, dim), ("attn_v", dim, dim),
+                                            ("attn_output", dim, dim), ("ffn_gate", 96, dim), ("ffn_up", 96, dim),
+                                            ("ffn_down", dim, 96)):
+                    tensors["blk.%d.%s.weight" % (i, name)] = kind(rows, columns)
+                for name in "attn_norm", "ffn_norm", "nextn.enorm", "nextn.hnorm":
+                    if i or "nextn" not in name:
+                        tensors["blk.%d.%s.weight" % (i, name)] = ones
+            tensors["blk.1.nextn.eh_proj.weight"] = blocks(dim, 2 * dim)
+            tensors["blk.1.nextn.embed_tokens.weight"] = tensors["token_embd.weight"]
+            pairs = {"general.architecture": "llama", "llama.block_count": 2, "llama.nextn_predict_layers": 1,
+                     "llama.context_length": 64, "llama.embedding_length": dim, "llama.feed_forward_length": 96,
+                     "llama.attention.head_count": 2, "llama.attention.layer_norm_rms_epsilon": 0.5}
+            path = os.path.join(fresh_folder("heads", "gguf"), "q.gguf")
+            return put(path, gguf_bytes(pairs, tensors)), tensors
+        path, tensors = made(dim)
+        m = self.good(path, "--no-pack")
+        whole, row = tensors["blk.1.nextn.eh_proj.weight"][2], dim // 32 * 34
+        rows = [whole[i:i + row] for i in range(0, len(whole), row)]
+        self.assertEqual(m.tensors["draft.0.e_proj.weight"][2], b"".join(rows[::2]))
+        self.assertEqual(m.tensors["draft.0.h_proj.weight"][2], b"".join(rows[1::2]))
+        self.assertEqual(m.metadata["ggml.draft.0.h_proj.weight"], "Q8_0 64 64")
+        self.assertEqual(m.tensors["draft.0.blk.0.attn_q.weight"][2], tensors["blk.1.attn_q.weight"][2])
+        os.remove(self.out)
+        self.refused("cut at column 48, inside a block of Q8_0", made(
+            48, lambda rows, columns: (0, (rows, columns), bytes(4 * rows * columns)))[0], "--no-pack")
+
+    def test_medusa_names(self):
+        """With the module's name before them, as vLLM's converter has them, with rows of their own."""
+        tensors = {}
+        e.read_torch(os.path.join(HEADS, "medusa", "medusa_lm_head.pt"), tensors)
+        want = self.good(self.source("medusa"), "--heads-for", self.source("llama"))
+        for prefix in "medusa_head.", "medusa_heads.":
+            folder = self.copy("medusa")
+            os.remove(os.path.join(folder, "medusa_lm_head.pt"))
+            write_safetensors(os.path.join(folder, "medusa_lm_head.safetensors"), {}, {
+                prefix + n: (t.kind, t.shape, b"".join(t.chunks())) for n, t in tensors.items()})
+            m = self.good(folder, "--heads-for", self.source("llama"))
+            self.assertEqual(m.tensors, want.tensors)
 
     def test_a_packed_trunk(self):
         """Copies cannot be compared with packed matrices: embeddings are taken for the trunk's, with a note."""
@@ -550,6 +600,11 @@ def tensor(key="0", shape=(2, 3), strides=(3, 1), n=6, offset=0, kind=b"ctorch\n
     where = group(text(tag), kind, text(key), text("cpu"), number(n)) + b"Q"
     return REBUILD + group(where, number(offset), group(*map(number, shape)), group(*map(number, strides)),
                            b"\x89", EMPTY_DICT) + b"R"
+
+
+# A tuple in the place of a storage.
+FORGED = REBUILD + group(group(text("F32"), group(number(0), number(0)), number(9), number(6)), number(0),
+                         group(number(6)), group(number(1)), b"\x89", EMPTY_DICT) + b"R"
 
 
 def listing(*items):
@@ -638,7 +693,7 @@ class Torch(Export):
                 ("", listing(("w", tensor()))[:-3]), ("", b"\x80\x02" + text("x") + b"Q."),
                 ("", b"\x80\x02X\xff\xff\xff\xffx."), ("", b"\x80\x02\x8e" + bytes([255] * 8) + b"."),
                 ("", b"\x80\x02(((((tQ."), ("", b"\x80\x02K\x01K\x01K\x02s."),
-                ("", b"\x80\x02" + DICT + b"(K\x05tR."), ("", b"\x80\x02" + REBUILD + b"(NNNNtR."),
+                ("", b"\x80\x02" + DICT + b"(K\x05tR."), ("", listing(("w", FORGED))), ("", b"\x80\x02" + REBUILD + b"(NNNNtR."),
                 ("", b"\x80\x02}(" + text("x") + b"u."), ("no texts", b"\x80\x02}K\x01K\x02s.")):
             with self.subTest(words, data=data[:60]):
                 self.bad(words, data)
@@ -646,7 +701,8 @@ class Torch(Export):
     def test_bombs(self):
         """Sizes that are claimed, values that double, keys whose hashes would take for ever."""
         nest = b")" + b"q\x01(h\x01h\x01t" * 60
-        for data in (b"\x80\x02}" + nest + b"K\x01s.", b"\x80\x02" + nest + b".", b"\x80\x02" + nest + b"Q.",
+        pairs = group(group(group(nest, number(1))))
+        for data in (b"\x80\x02}" + nest + b"K\x01s.", b"\x80\x02" + DICT + pairs + b"R.", b"\x80\x02" + nest + b".", b"\x80\x02" + nest + b"Q.",
                      listing(("w", nest)), listing(("w", tensor(shape=(1 << 40, 1 << 40)))),
                      listing(("w", tensor().replace(group(number(2), number(3)), nest))),
                      b"\x80\x02N" + b"r\xff\xff\xff\x7f" + b".", b"\x80\x02" + b"(" * 100000 + b".",
