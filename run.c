@@ -1129,8 +1129,33 @@ struct head {
     enum head_state state;
     int chain_norm, may_chain;          /* the next step gets the state after the norm; there may be one */
     const int32_t *rows;                /* [vocab of the head] their tokens, or NULL: all in order */
+    unsigned char *gathered;            /* those rows of the trunk's output matrix, if it has none of its own */
     const char *acceptance;             /* measured when it was made, or NULL */
 };
+
+/* Some rows of a matrix, side by side: `data` [matrix_bytes], all zero before. Every line of a packed
+   block has 4 bytes, and every line of scales twice 2, for each of its 16 rows. */
+static struct matrix gather_rows(const struct matrix *w, const int32_t *rows, int n, unsigned char *data)
+{
+    size_t row_bytes = matrix_bytes(w->type, 1, w->cols), n_blocks = blocks(w->cols), block_bytes = matrix_bytes(w->type, STRIP, BLOCK);
+    size_t quants = block_bytes - (w->type == Q4A ? 128 : 64);
+    for (int i = 0; i < n; i++) {
+        if (w->type <= BF16) {
+            memcpy(data + (size_t)i * row_bytes, w->data + (size_t)rows[i] * row_bytes, row_bytes);
+            continue;
+        }
+        int from = rows[i] % STRIP, to = i % STRIP;
+        for (size_t b = 0; b < n_blocks; b++) {
+            const unsigned char *x = w->data + ((size_t)(rows[i] / STRIP) * n_blocks + b) * block_bytes;
+            unsigned char *y = data + ((size_t)(i / STRIP) * n_blocks + b) * block_bytes;
+            for (size_t at = 0; at < quants; at += 64)
+                memcpy(y + at + 4 * to, x + at + 4 * from, 4);
+            for (size_t at = quants; at < block_bytes; at += 32)
+                memcpy(y + at + 2 * to, x + at + 2 * from, 2);
+        }
+    }
+    return (struct matrix){ data, w->type, n, w->cols };
+}
 
 static int head_read(struct run_model *trunk, struct container *file, int number, struct head *h, run_error *error)
 {
@@ -1211,8 +1236,8 @@ static int head_read(struct run_model *trunk, struct container *file, int number
     m->output_norm = norm == 0 ? get_vector(&r, "output_norm.weight", c->dim, 1) : norm == 1 ? trunk->output_norm : no_norm;
     if (get_tensor(&r, "output.weight"))
         m->output = get_matrix(&r, "output.weight", c->vocab, c->dim);
-    else if (c->dim == t->dim && c->vocab == t->vocab)
-        m->output = trunk->output;
+    else if (c->dim == t->dim)
+        m->output = trunk->output;      /* all of it, or the rows that are named below */
     else
         return r.failed ? -1 : fail(error, "draft head %d has no output matrix, and the trunk's does not fit", number);
     struct tensor *rows = get_tensor(&r, "rows");
@@ -1228,6 +1253,11 @@ static int head_read(struct run_model *trunk, struct container *file, int number
         rows->used = 1;
     else if (c->vocab != t->vocab)
         return fail(error, "draft head %d has %d output rows, but does not say whose", number, c->vocab);
+    if (rows && m->output.data == trunk->output.data) {
+        if (!(h->gathered = calloc(1, matrix_bytes(m->output.type, c->vocab, c->dim))))
+            return fail(error, "out of memory for the output rows of draft head %d", number);
+        m->output = gather_rows(&trunk->output, h->rows, c->vocab, h->gathered);
+    }
     rope_frequencies(m->rope, c->rope_dims / 2, c->rope_base);
     measure_weights(m);
     const struct matrix *more[] = { &x->e_proj, &x->h_proj, &x->fuse, &x->q_e, &x->k_e, &x->v_e };
@@ -1244,6 +1274,7 @@ static void heads_close(struct run_model *m)
         free(m->heads[i].model.layers);
         free(m->heads[i].model.rope);
         free(m->heads[i].model.residuals);
+        free(m->heads[i].gathered);
     }
     free(m->heads);
     m->heads = NULL;

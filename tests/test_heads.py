@@ -6,6 +6,7 @@ import operator
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import unittest
@@ -13,6 +14,7 @@ import zipfile
 import zlib
 
 from common import FIXTURES, RUN, STORIES, Safetensors, f32, fresh_folder, ok, scratch, write_safetensors
+from engine import works
 from test_export import Export, dump, e, get, gguf_bytes, main, put
 
 HEADS = os.path.join(FIXTURES, "heads")
@@ -269,6 +271,47 @@ class Heads(Export):
                 self.assertLess(t, EPSILON)
                 self.assertLess(h, EPSILON)
                 self.assertTrue(drafts)
+
+    def said_by_run_c(self, name, expected, piece):
+        """Logits of the trunk and of every step, as run.c computes them; the prompt read at once or id by id."""
+        path = scratch("heads", name + ".bin")
+        more = ["--heads-for", self.trunk(BESIDE[name])] if name in BESIDE else []
+        status, _, err = main(self.source(name), "-o", path, *more)
+        self.assertEqual(status, 0, err)
+        steps = len(expected["cases"][0]["drafts"][0])
+        asked = "".join("%d %s %d %d\n" % (at + 1, " ".join(map(str, expected["ids"][:at + 1])), following, piece)
+                        for at, following in zip(expected["positions"], expected["next"]))
+        both = [self.trunk(BESIDE[name]), path] if name in BESIDE else [path, "-"]
+        out = works(["heads"] + both + [steps], stdin=asked)
+        return both, list(struct.unpack("<%df" % (len(out) // 4), out)), steps
+
+    def test_run_c_says_the_same(self):
+        for name in INSIDE + list(BESIDE):
+            with open(os.path.join(HEADS, name, "expected.json")) as f:
+                expected = json.load(f)
+            data = zlib.decompress(get(os.path.join(HEADS, name, "expected.f32z")))
+            want = list(struct.unpack("<%df" % (len(data) // 4), data))
+            for piece in (1, 0):
+                with self.subTest(name, piece=piece):
+                    files, found, steps = self.said_by_run_c(name, expected, piece)
+                    n = len(expected["positions"])
+                    rows = len(expected["rows"] or []) or self.vocabulary(files[0])
+                    each, vocabulary = len(found) // n, self.vocabulary(files[0])
+                    self.assertEqual(each, vocabulary + steps * rows)
+                    mine = [x for i in range(n) for x in found[i * each:i * each + vocabulary]]
+                    mine += [x for i in range(n) for x in found[i * each + vocabulary:(i + 1) * each]]
+                    self.assertLess(max(abs(a - b) for a, b in zip(mine, want)), EPSILON)
+
+    def vocabulary(self, path):
+        return int(Safetensors(path).metadata["vocab_size"])
+
+    def test_drafting_with_heads_changes_nothing(self):
+        """All kinds of heads, decisions at random: text, logits and caches as without drafting."""
+        for name in ("mimo", "qwen_mtp", "facebook", "eagle1", "eagle3_qwen3", "medusa_shared"):
+            with open(os.path.join(HEADS, name, "expected.json")) as f:
+                files, _, _ = self.said_by_run_c(name, json.load(f), 1)
+            out = works(["drafts", files[0], 3, 6, files[1] if name in BESIDE else ""]).decode()
+            self.assertGreater(int(re.search(r"(\d+) by heads", out).group(1)), 50, (name, out))
 
     def test_every_option_matters(self):
         """With any fact about a head changed, its logits are others: the test above sees it."""
