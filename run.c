@@ -823,22 +823,24 @@ static int config_read(struct config *c, struct container *file, run_error *erro
      q4, q4a   8 lines of 64 bytes: line j holds, for row r and c < 4 in byte 4 r + c, two
                columns of group g = j / 4: 32 g + 8 (j % 4) + c in the low nibble, + 4 in the
                high one
+     q6        the same 8 lines for the lower 4 bits, then 4 lines for the upper 2: line j, byte
+               4 r + c holds those of columns 16 j + 4 i + c in its bits 2 i and 2 i + 1, i < 4
      q8        16 lines of 64 bytes: line j, byte 4 r + c is column 4 j + c of row r, signed
      then      scales, half precision, [2 groups][16 rows]: 64 bytes
      q4a       minima, the same: 64 bytes
 
-     weight = (q - 8) d  in q4,   fma(q, d, m) in q4a,   q d in q8
+     weight = (q - 8) d in q4,   fma(q, d, m) in q4a,   (q - 32) d in q6,   q d in q8
 
-   that is 4.5, 5 and 8.5 bits a weight. Rows are padded to 16 and columns to 64 with zero scales. */
+   that is 4.5, 5, 6.5 and 8.5 bits a weight. Rows are padded to 16 and columns to 64 with zero scales. */
 
-enum type { F32, F16, BF16, Q4, Q4A, Q8, RAW, N_TYPES = RAW };
+enum type { F32, F16, BF16, Q4, Q4A, Q6, Q8, RAW, N_TYPES = RAW };
 
-static const char *const type_names[] = { "f32", "f16", "bf16", "q4", "q4a", "q8", "raw blocks" };
+static const char *const type_names[] = { "f32", "f16", "bf16", "q4", "q4a", "q6", "q8", "raw blocks" };
 
 enum { STRIP = 16, GROUP = 32, BLOCK = 64 };
-enum { Q4_BLOCK = STRIP * BLOCK / 2 + 2 * STRIP * 2, Q4A_BLOCK = Q4_BLOCK + 2 * STRIP * 2,
-       Q8_BLOCK = STRIP * BLOCK + 2 * STRIP * 2 };
-_Static_assert(Q4_BLOCK == 576 && Q4A_BLOCK == 640 && Q8_BLOCK == 1088, "the layout of the file");
+enum { Q4_QUANTS = STRIP * BLOCK / 2, Q6_QUANTS = STRIP * BLOCK * 3 / 4, Q8_QUANTS = STRIP * BLOCK, SCALES = 2 * STRIP * 2 };
+_Static_assert(Q4_QUANTS + SCALES == 576 && Q4_QUANTS + 2 * SCALES == 640 && Q6_QUANTS + SCALES == 832 &&
+               Q8_QUANTS + SCALES == 1088, "the layout of the file");
 
 struct matrix {
     const unsigned char *data;
@@ -877,11 +879,14 @@ struct run_model {
 static size_t strips(int rows) { return ((size_t)rows + STRIP - 1) / STRIP; }
 static size_t blocks(int cols) { return ((size_t)cols + BLOCK - 1) / BLOCK; }
 
+/* Bytes of a block of a packed type: those before its scales, and all. */
+INLINE int quant_bytes(enum type type) { return type == Q8 ? Q8_QUANTS : type == Q6 ? Q6_QUANTS : Q4_QUANTS; }
+INLINE int block_bytes(enum type type) { return quant_bytes(type) + (type == Q4A ? 2 * SCALES : SCALES); }
+
 static size_t matrix_bytes(enum type type, int rows, int cols)
 {
-    static const size_t block[] = { [Q4] = Q4_BLOCK, [Q4A] = Q4A_BLOCK, [Q8] = Q8_BLOCK };
     return type <= BF16 ? (size_t)rows * (size_t)cols * (type == F32 ? 4 : 2)
-                        : strips(rows) * blocks(cols) * block[type];
+                        : strips(rows) * blocks(cols) * (size_t)block_bytes(type);
 }
 
 /* "q4 960 576": a word and two sizes; returns the word's length, or 0. */
@@ -1432,15 +1437,16 @@ static int quant_of(const unsigned char *block, enum type type, int row, int col
 {
     if (type == Q8)
         return (int8_t)block[column / 4 * 64 + 4 * row + column % 4];
-    int line = column / 32 * 4 + column % 32 / 8, byte = block[line * 64 + 4 * row + column % 4];
-    return (column % 8 < 4 ? byte & 15 : byte >> 4) - (type == Q4 ? 8 : 0);
+    int byte = block[column / 8 * 64 + 4 * row + column % 4], low = column % 8 < 4 ? byte & 15 : byte >> 4;
+    if (type == Q6)
+        return (low | (block[Q4_QUANTS + column / 16 * 64 + 4 * row + column % 4] >> column / 4 % 4 * 2 & 3) << 4) - 32;
+    return low - (type == Q4 ? 8 : 0);
 }
 
 /* Its scale (which 0) or minimum (which 1). */
 static float scale_of(const unsigned char *block, enum type type, int row, int group, int which)
 {
-    size_t quants = type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2;
-    return from_half(load_u16(block + quants + (size_t)(which * 64 + group * 32 + row * 2)));
+    return from_half(load_u16(block + quant_bytes(type) + which * SCALES + group * 32 + row * 2));
 }
 
 static const unsigned char *block_of(const struct matrix *w, int strip, int block)
@@ -1687,7 +1693,7 @@ static void attend_scalar_f32(struct query *q, int n, const void *k, const void 
 
 static const struct kernels kernels_scalar = {
     "scalar",
-    { matmul_float, matmul_float, matmul_float, matmul_packed, matmul_packed, matmul_packed },
+    { matmul_float, matmul_float, matmul_float, matmul_packed, matmul_packed, matmul_packed, matmul_packed },
     rmsnorm_scalar, quantize_scalar, glu_scalar, rope_scalar,
     { attend_scalar_f16, attend_scalar_f32 }, exp_sum_scalar, read_scalar,
 };
@@ -3005,22 +3011,24 @@ static uint16_t to_bf16(float x)
 
 static float half_at(const unsigned char *b) { return from_half(load_u16(b)); }
 
+static int four_bits(const unsigned char *b, int i) { return i < 16 ? b[i] & 15 : b[i - 16] >> 4; }
+
 static void decode_q4_0(const unsigned char *b, float *y)
 {
     for (int i = 0; i < 32; i++)
-        y[i] = half_at(b) * (float)((i < 16 ? b[2 + i] & 15 : b[2 + i - 16] >> 4) - 8);
+        y[i] = half_at(b) * (float)(four_bits(b + 2, i) - 8);
 }
 
 static void decode_q4_1(const unsigned char *b, float *y)
 {
     for (int i = 0; i < 32; i++)
-        y[i] = half_at(b) * (float)(i < 16 ? b[4 + i] & 15 : b[4 + i - 16] >> 4) + half_at(b + 2);
+        y[i] = half_at(b) * (float)four_bits(b + 4, i) + half_at(b + 2);
 }
 
 /* The fifth bits of 32 weights lie in 4 bytes, bit i for weight i. */
 static int five_bits(const unsigned char *high, const unsigned char *low, int i)
 {
-    return (i < 16 ? low[i] & 15 : low[i - 16] >> 4) | (high[i / 8] >> i % 8 & 1) << 4;
+    return four_bits(low, i) | (high[i / 8] >> i % 8 & 1) << 4;
 }
 
 static void decode_q5_0(const unsigned char *b, float *y)
@@ -3100,7 +3108,7 @@ static const int8_t iq4_values[16] = { -127, -104, -83, -65, -49, -35, -22, -10,
 static void decode_iq4_nl(const unsigned char *b, float *y)
 {
     for (int i = 0; i < 32; i++)
-        y[i] = half_at(b) * (float)iq4_values[i < 16 ? b[2 + i] & 15 : b[2 + i - 16] >> 4];
+        y[i] = half_at(b) * (float)iq4_values[four_bits(b + 2, i)];
 }
 
 static void decode_iq4_xs(const unsigned char *b, float *y)
@@ -3119,7 +3127,7 @@ static const struct raw_type {
     enum type packed;               /* what --type auto makes of it */
 } raw_types[] = {
     { "Q4_0", 32, 18, decode_q4_0, Q4 },       { "Q4_1", 32, 20, decode_q4_1, Q4A },
-    { "Q5_0", 32, 22, decode_q5_0, Q8 },       { "Q5_1", 32, 24, decode_q5_1, Q8 },
+    { "Q5_0", 32, 22, decode_q5_0, Q6 },       { "Q5_1", 32, 24, decode_q5_1, Q8 },
     { "Q8_0", 32, 34, decode_q8_0, Q8 },       { "Q2_K", 256, 84, decode_q2_k, Q4A },
     { "Q3_K", 256, 110, decode_q3_k, Q4A },    { "Q4_K", 256, 144, decode_q4_k, Q4A },
     { "Q5_K", 256, 176, decode_q5_k, Q8 },     { "Q6_K", 256, 210, decode_q6_k, Q8 },
@@ -3193,6 +3201,9 @@ struct grid {                       /* weight = (q - shift) d + m */
     float q[GROUP][STRIP];
 };
 
+static const struct { float low, high; } levels[N_TYPES] = { [Q4] = { -8, 7 }, [Q4A] = { 0, 15 }, [Q6] = { -32, 31 },
+                                                               [Q8] = { -127, 127 } };
+
 INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
 /* Takes over the rows of `try` that come closer to w than the best so far. */
@@ -3215,37 +3226,12 @@ static void keep_better(float w[GROUP][STRIP], int n, const struct grid *try, st
     }
 }
 
-/* q4: the largest weight is put near -8 or near 7, each time the scale is refitted by least squares. */
-static void fit_q4(float w[GROUP][STRIP], int n, struct grid *best)
+/* Many grids, each refitted by least squares; the best is kept. q4, q6: the extreme weight is put near
+   either end. q4a: from 0 to 12 % are cut off each end. */
+static void fit(float w[GROUP][STRIP], int n, enum type type, struct grid *best)
 {
-    static const float places[] = { -8.0f, -7.7f, -7.4f, -8.3f, -8.6f, -9.0f, -7.0f, 7.0f, 7.3f, 6.7f, 7.6f };
-    float error[STRIP], extreme[STRIP] = { 0 };
-    struct grid try = { 0 };
-    for (int i = 0; i < n; i++)
-        for (int r = 0; r < STRIP; r++)
-            extreme[r] = w[i][r] * w[i][r] > extreme[r] * extreme[r] ? w[i][r] : extreme[r];
-    for (int r = 0; r < STRIP; r++)
-        error[r] = INFINITY;
-    for (size_t k = 0; k < sizeof places / sizeof *places; k++) {
-        float inverse[STRIP], wq[STRIP] = { 0 }, qq[STRIP] = { 0 };
-        for (int r = 0; r < STRIP; r++)
-            inverse[r] = extreme[r] * extreme[r] > 0 ? places[k] / extreme[r] : 0;
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < STRIP; r++) {
-                float q = clamp(round_even(clamp(w[i][r] * inverse[r], -9, 9)), -8, 7);
-                try.q[i][r] = q;
-                wq[r] += w[i][r] * q;
-                qq[r] += q * q;
-            }
-        for (int r = 0; r < STRIP; r++)
-            try.d[r] = from_half(to_half(qq[r] > 0 ? wq[r] / qq[r] : 0));
-        keep_better(w, n, &try, best, error);
-    }
-}
-
-/* q4a: minimum and scale, refitted together. */
-static void fit_q4a(float w[GROUP][STRIP], int n, struct grid *best)
-{
+    const int minimum = type == Q4A;
+    const float lowest = levels[type].low, highest = levels[type].high, step = type == Q4 ? 0.04f : 0.02f;
     float error[STRIP], low[STRIP], high[STRIP];
     struct grid try = { 0 };
     for (int r = 0; r < STRIP; r++) {
@@ -3256,28 +3242,35 @@ static void fit_q4a(float w[GROUP][STRIP], int n, struct grid *best)
             high[r] = w[i][r] > high[r] ? w[i][r] : high[r];
         }
     }
-    for (int k = 0; k < 16; k++) { /* steps across the range: 15, 13.9, 14.1 .. 16.7 */
-        float steps = k ? 13.7f + 0.2f * (float)k : 15.0f, inverse[STRIP];
-        float sw[STRIP] = { 0 }, sq[STRIP] = { 0 }, swq[STRIP] = { 0 }, sqq[STRIP] = { 0 };
-        for (int r = 0; r < STRIP; r++)
-            inverse[r] = high[r] > low[r] ? steps / (high[r] - low[r]) : 0;
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < STRIP; r++) {
-                /* steps beyond 15 cut both ends alike */
-                float q = clamp(round_even(clamp((w[i][r] - low[r]) * inverse[r] - (steps - 15.0f) * 0.5f, -1, 16)), 0, 15);
-                try.q[i][r] = q;
-                sw[r] += w[i][r];
-                sq[r] += q;
-                swq[r] += w[i][r] * q;
-                sqq[r] += q * q;
-            }
+    for (int k = 0; k < 16; k++) {
+        float zero[STRIP], inverse[STRIP];
         for (int r = 0; r < STRIP; r++) {
-            float determinant = (float)n * sqq[r] - sq[r] * sq[r];
-            float d = determinant > 0 ? ((float)n * swq[r] - sq[r] * sw[r]) / determinant : 0;
-            try.d[r] = from_half(to_half(d));
-            try.m[r] = from_half(to_half((sw[r] - try.d[r] * sq[r]) / (float)n));
+            float range = high[r] - low[r], cut = 0.04f * (float)(k / 4), left = 1 - cut - 0.04f * (float)(k % 4);
+            float extreme = low[r] + high[r] < 0 ? low[r] : high[r];
+            float place = (1 + step * (float)(3 - k / 2)) * (k % 2 ? -lowest : lowest);
+            zero[r] = minimum ? low[r] + cut * range : 0;
+            inverse[r] = minimum ? range > 0 ? highest / (left * range) : 0 : extreme * extreme > 0 ? place / extreme : 0;
         }
-        keep_better(w, n, &try, best, error);
+        for (int refits = 0; refits <= minimum; refits++) {
+            float sw[STRIP] = { 0 }, sq[STRIP] = { 0 }, swq[STRIP] = { 0 }, sqq[STRIP] = { 0 };
+            for (int i = 0; i < n; i++)
+                for (int r = 0; r < STRIP; r++) {
+                    float q = clamp(round_even(clamp((w[i][r] - zero[r]) * inverse[r], lowest - 1, highest + 1)), lowest, highest);
+                    try.q[i][r] = q;
+                    sw[r] += w[i][r];
+                    sq[r] += q;
+                    swq[r] += w[i][r] * q;
+                    sqq[r] += q * q;
+                }
+            for (int r = 0; r < STRIP; r++) {
+                float down = minimum ? (float)n * sqq[r] - sq[r] * sq[r] : sqq[r];
+                float up = minimum ? (float)n * swq[r] - sq[r] * sw[r] : swq[r];
+                try.d[r] = from_half(to_half(down > 0 ? up / down : 0));
+                zero[r] = try.m[r] = minimum ? from_half(to_half((sw[r] - try.d[r] * sq[r]) / (float)n)) : 0;
+                inverse[r] = try.d[r] * try.d[r] > 0 ? 1 / try.d[r] : 0;
+            }
+            keep_better(w, n, &try, best, error);
+        }
     }
 }
 
@@ -3300,28 +3293,24 @@ static void fit_q8(float w[GROUP][STRIP], int n, struct grid *best)
     }
 }
 
-/* If the stored type is itself a grid that `type` contains, that grid: no error is added. */
+/* If the stored group lies on a grid that `type` contains, that grid: no error is added. */
 static int exact_grid(const struct source *s, enum type type, int row, int group, int lane, struct grid *g)
 {
     const struct matrix *m = &s->m;
-    const unsigned char *b;
-    int shifted = 0, minimum = 0;   /* q runs from 0 with -8 to add; has a minimum */
+    int minimum, low = 0, high = 0;
     if (m->type == RAW) {
-        if (s->raw->decode != decode_q4_0 && s->raw->decode != decode_q4_1 && s->raw->decode != decode_q8_0)
+        void (*decode)(const unsigned char *, float *) = s->raw->decode;
+        if (decode != decode_q4_0 && decode != decode_q4_1 && decode != decode_q5_0 && decode != decode_q8_0)
             return 0;
-        b = m->data + ((size_t)row * (size_t)m->cols / GROUP + (size_t)group) * (size_t)s->raw->bytes;
-        shifted = s->raw->decode == decode_q4_0;
-        minimum = s->raw->decode == decode_q4_1;
-        if (s->raw->decode == decode_q8_0 && memchr(b + 2, 0x80, GROUP) && type != Q8)
-            return 0;
+        const unsigned char *b = m->data + ((size_t)row * (size_t)m->cols / GROUP + (size_t)group) * (size_t)s->raw->bytes;
+        minimum = decode == decode_q4_1;
         g->d[lane] = half_at(b);
         g->m[lane] = minimum ? half_at(b + 2) : 0;
         for (int i = 0; i < GROUP; i++)
-            g->q[i][lane] = s->raw->decode == decode_q8_0 ? (float)(int8_t)b[2 + i] :
-                (float)((i < 16 ? b[2 + 2 * minimum + i] & 15 : b[2 + 2 * minimum + i - 16] >> 4) - 8 * shifted);
+            g->q[i][lane] = (float)(decode == decode_q8_0 ? (int8_t)b[2 + i] : decode == decode_q5_0 ? five_bits(b + 2, b + 6, i) - 16
+                                    : minimum ? four_bits(b + 4, i) : four_bits(b + 2, i) - 8);
     } else if (m->type >= Q4) {
-        b = block_of(m, row / STRIP, group / 2);
-        shifted = m->type == Q4;
+        const unsigned char *b = block_of(m, row / STRIP, group / 2);
         minimum = m->type == Q4A;
         g->d[lane] = scale_of(b, m->type, row % STRIP, group % 2, 0);
         g->m[lane] = minimum ? scale_of(b, m->type, row % STRIP, group % 2, 1) : 0;
@@ -3330,34 +3319,39 @@ static int exact_grid(const struct source *s, enum type type, int row, int group
     } else {
         return 0;
     }
-    if (type == Q8)
-        return !minimum;
-    if (type == Q4)
-        return shifted;
-    if (shifted) {                  /* q4 as q4a: the shift becomes the minimum */
+    for (int i = 0; i < GROUP; i++) {
+        low = (int)g->q[i][lane] < low ? (int)g->q[i][lane] : low;
+        high = (int)g->q[i][lane] > high ? (int)g->q[i][lane] : high;
+    }
+    if (minimum || type == Q8)
+        return minimum == (type == Q4A);
+    if (type == Q4A && low >= -8 && high <= 7) { /* the shift becomes the minimum */
         g->m[lane] = -8 * g->d[lane];
         for (int i = 0; i < GROUP; i++)
             g->q[i][lane] += 8;
+        return from_half(to_half(g->m[lane])) == g->m[lane];
     }
-    return (shifted || minimum) && from_half(to_half(g->m[lane])) == g->m[lane];
+    return type != Q4A && low >= levels[type].low && high <= levels[type].high;
 }
 
-/* Places q, d and m of a group of a strip into its block. */
+/* Places q, d and m of a group of a strip into its block, which was zero. */
 static void place_group(unsigned char *block, enum type type, int group, const struct grid *g)
 {
-    unsigned char *scales = block + (type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2);
+    unsigned char *scales = block + quant_bytes(type) + group * 32;
     for (int r = 0; r < STRIP; r++) {
         uint16_t d = to_half(g->d[r]), m = to_half(g->m[r]);
         for (int i = 0; i < GROUP; i++) {
-            int q = (int)g->q[i][r] + (type == Q4 ? 8 : 0), column = group * GROUP + i;
+            int q = (int)g->q[i][r] + (type == Q4 ? 8 : type == Q6 ? 32 : 0), column = group * GROUP + i;
             if (type == Q8)
                 block[column / 4 * 64 + 4 * r + column % 4] = (unsigned char)q;
             else
-                block[(group * 4 + i / 8) * 64 + 4 * r + i % 4] |= (unsigned char)(i % 8 < 4 ? q : q << 4);
+                block[column / 8 * 64 + 4 * r + i % 4] |= (unsigned char)((q & 15) << (i % 8 < 4 ? 0 : 4));
+            if (type == Q6)
+                block[Q4_QUANTS + column / 16 * 64 + 4 * r + i % 4] |= (unsigned char)(q >> 4 << column / 4 % 4 * 2);
         }
-        memcpy(scales + group * 32 + 2 * r, &d, 2);
+        memcpy(scales + 2 * r, &d, 2);
         if (type == Q4A)
-            memcpy(scales + 64 + group * 32 + 2 * r, &m, 2);
+            memcpy(scales + SCALES + 2 * r, &m, 2);
     }
 }
 
@@ -3398,7 +3392,7 @@ static void pack_strip(struct packing *p, int strip, float *rows, unsigned char 
             int left = m->cols - group * GROUP;
             memset(&g, 0, sizeof g);
             if (left > 0)
-                (p->type == Q4 ? fit_q4 : p->type == Q4A ? fit_q4a : fit_q8)(w, left < GROUP ? left : GROUP, &g);
+                p->type == Q8 ? fit_q8(w, left < GROUP ? left : GROUP, &g) : fit(w, left < GROUP ? left : GROUP, p->type, &g);
         }
         place_group(out + (size_t)(group / 2) * matrix_bytes(p->type, STRIP, BLOCK), p->type, group % 2, &g);
         for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++)
@@ -3775,7 +3769,8 @@ static int write_model(const char *out, const struct container *c, struct planne
      halves      LANES half-precision numbers as floats; shifted: LANES bfloat16 ones
      dot_u4      32 columns: eight vectors of 4-bit weights (one lane = one row, 4 columns each)
                  times 32 int8 activations, summed exactly
-     dot_i8      the same for 8-bit weights
+     dot_u6      the same for 6-bit weights
+     dot_i8      the same for 8-bit weights, with a sign
 
    A packed kernel keeps one lane per row. It takes a group of 32 columns of its rows into eight
    registers once, and multiplies them with every token of the tile, so that a token more costs
@@ -3795,9 +3790,11 @@ TARGET_BEGIN(KERNELS_TARGET)
 
 #define vf SET(vf)      /* LANES floats */
 #define vi SET(vi)      /* LANES 32-bit integers */
+#define vu SET(vu)      /* the same without sign */
 #define vb SET(vb)      /* as many bytes */
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef uint8_t vb __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 
 /* x in every lane. (x + 0 would do, but costs an addition: -0 + 0 is +0.) */
@@ -3856,6 +3853,19 @@ INLINE vi SET(dot_u4)(const vb w[8], const int8_t *x, int32_t sum)
     return (vi)_mm256_madd_epi16(s, _mm256_set1_epi16(1));
 }
 
+/* 6-bit weights leave room for two of its sums: 4 products of at most 63 * 127 are 32004. */
+INLINE vi SET(dot_u6)(const vb w[8], const int8_t *x, int32_t sum)
+{
+    __m256i s = _mm256_setzero_si256();
+    (void)sum;
+    for (int i = 0; i < 8; i += 2) {
+        __m256i four = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w[i], (__m256i)SET(four)(x + 4 * i)),
+                                        _mm256_maddubs_epi16((__m256i)w[i + 1], (__m256i)SET(four)(x + 4 * i + 4)));
+        s = _mm256_add_epi32(s, _mm256_madd_epi16(four, _mm256_set1_epi16(1)));
+    }
+    return (vi)s;
+}
+
 /* 8-bit weights do not: |w| as the unsigned factor, the sign moved to x, and 32 bits at once
    (two products are at most 2 * 128 * 127 = 32512). */
 INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
@@ -3889,6 +3899,8 @@ INLINE vi SET(dot_u4)(const vb w[8], const int8_t *x, int32_t sum)
     }
     return s + t;
 }
+#define dot_u6_AVX512 dot_u4_AVX512
+#define dot_u6_AVXVNNI dot_u4_AVXVNNI
 
 /* Signed weights become unsigned by adding 128, which adds 128 times the sum of x. */
 INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
@@ -3923,6 +3935,7 @@ INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
     return (vi)vaddq_s32(s, t);
 }
 #define dot_u4_DOTPROD dot_i8_DOTPROD
+#define dot_u6_DOTPROD dot_i8_DOTPROD
 
 #elif defined KERNELS_NEON
 
@@ -3939,6 +3952,7 @@ INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
     return (vi)vpaddq_s32(low, high);
 }
 #define dot_u4_NEON dot_i8_NEON
+#define dot_u6_NEON dot_i8_NEON
 
 #endif
 
@@ -3950,16 +3964,15 @@ INLINE vf SET(floats)(vi x) { return __builtin_convertvector(x, vf); }
 INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0,
                         const int n, const enum type type)
 {
-    const int block_bytes = type == Q4 ? Q4_BLOCK : type == Q4A ? Q4A_BLOCK : Q8_BLOCK;
-    const int quants = type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2;
+    const int bytes_each = block_bytes(type), zero = type == Q4 ? 8 : type == Q6 ? 32 : 0;
     const int n_blocks = (int)blocks(w->cols);
-    const unsigned char *block = w->data + (size_t)strip * (size_t)n_blocks * (size_t)block_bytes;
+    const unsigned char *block = w->data + (size_t)strip * (size_t)n_blocks * (size_t)bytes_each;
     vf acc[PARTS][8];
     for (int part = 0; part < PARTS; part++)
         for (int r = 0; r < n; r++)
             acc[part][r] = (vf){ 0 };
-    for (int b = 0; b < n_blocks; b++, block += block_bytes) {
-        for (int line = 0; line < block_bytes; line += 64)
+    for (int b = 0; b < n_blocks; b++, block += bytes_each) {
+        for (int line = 0; line < bytes_each; line += 64)
             __builtin_prefetch(block + PREFETCH + line);
         for (int group = 0; group < 2; group++) {
             size_t at = (size_t)(2 * b + group) * (size_t)x->n + (size_t)r0;
@@ -3968,7 +3981,8 @@ INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const st
             const int32_t *sum = x->sum + at;
             for (int part = 0; part < PARTS; part++) {
                 const unsigned char *line = block + part * 4 * LANES + group * (type == Q8 ? 512 : 256);
-                const unsigned char *scales = block + quants + group * 32 + part * 2 * LANES;
+                const unsigned char *upper = block + Q4_QUANTS + part * 4 * LANES + group * 128;
+                const unsigned char *scales = block + quant_bytes(type) + group * 32 + part * 2 * LANES;
                 vb weights[8];      /* [columns 4 i ..][row, column] */
                 for (int i = 0; i < (type == Q8 ? 8 : 4); i++) {
                     vb bytes = *(const vb *)(line + 64 * i);
@@ -3979,13 +3993,21 @@ INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const st
                         weights[2 * i + 1] = bytes >> 4;
                     }
                 }
-                vf d = SET(halves)(scales), m = type == Q4A ? SET(halves)(scales + 64) : (vf){ 0 };
+                for (int i = 0; type == Q6 && i < 8; i += 4) { /* bits that cross to another byte are masked */
+                    vu two = *(const vu *)(upper + 16 * i);
+                    weights[i] |= (vb)(two << 4) & 48;
+                    weights[i + 1] |= (vb)(two << 2) & 48;
+                    weights[i + 2] |= (vb)two & 48;
+                    weights[i + 3] |= (vb)(two >> 2) & 48;
+                }
+                vf d = SET(halves)(scales), m = type == Q4A ? SET(halves)(scales + SCALES) : (vf){ 0 };
                 __asm__ volatile("" ::: "memory"); /* or the compiler keeps all of q for the next part */
                 for (int r = 0; r < n; r++) {
                     vi isum = type == Q8 ? SET(dot_i8)(weights, q + GROUP * r, sum[r])
+                            : type == Q6 ? SET(dot_u6)(weights, q + GROUP * r, sum[r])
                                          : SET(dot_u4)(weights, q + GROUP * r, sum[r]);
-                    if (type == Q4)
-                        isum -= 8 * sum[r];
+                    if (zero)
+                        isum -= zero * sum[r];
                     acc[part][r] = SET(fma_v)(SET(floats)(isum), d * scale[r], acc[part][r]);
                     if (type == Q4A)
                         acc[part][r] = SET(fma_v)(m, SET(all)(offset[r]), acc[part][r]);
@@ -4016,6 +4038,7 @@ INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const st
     }
 PACKED(matmul_q4, Q4)
 PACKED(matmul_q4a, Q4A)
+PACKED(matmul_q6, Q6)
 PACKED(matmul_q8, Q8)
 #undef PACKED
 
@@ -4226,7 +4249,8 @@ ATTEND(attend_f32, 1)
 
 static const struct kernels SET(kernels) = {
     KERNELS_NAME,
-    { REST(matmul_f32), REST(matmul_f16), REST(matmul_bf16), SET(matmul_q4), SET(matmul_q4a), SET(matmul_q8) },
+    { REST(matmul_f32), REST(matmul_f16), REST(matmul_bf16), SET(matmul_q4), SET(matmul_q4a),
+      SET(matmul_q6), SET(matmul_q8) },
     REST(rmsnorm), REST(quantize), REST(glu), REST(rope),
     { REST(attend_f16), REST(attend_f32) }, REST(exp_sum), REST(read),
 };
@@ -4241,6 +4265,7 @@ static const struct kernels SET(kernels) = {
 #undef ABREAST
 #undef vf
 #undef vi
+#undef vu
 #undef vb
 #undef INSTANTIATE_SET
 #undef RUN_KERNELS
@@ -4428,7 +4453,7 @@ static const char usage_text[] =
     "output\n"
     "  --json                one JSON object on standard output\n"
     "  --logprobs K          with --json: log-probabilities of each token and the K best\n"
-    "  --type TYPE           quantize: auto, q4, q4a, q8, f16, bf16, f32 (auto: exact where it can be)\n"
+    "  --type TYPE           quantize: auto, q4, q4a, q6, q8, f16, bf16, f32 (auto: exact where it can be)\n"
     "  --verify              info: check the checksums of all tensors\n"
     "  --compare WHAT        bench: context, isa or threads: speed at each length, set or number\n"
     "  -o FILE               quantize: the file to write\n"
@@ -4466,7 +4491,7 @@ static int failure(const run_error *error)
 }
 
 static const char *const mode_names[] = { "generate", "chat", "perplexity", "tokenize", "info", "bench", "quantize", NULL };
-static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q8", NULL };
+static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q6", "q8", NULL };
 static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", NULL };
 static const char *const compare_names[] = { "nothing", "context", "isa", "threads", NULL };
 enum { BY_CONTEXT = 1, BY_ISA, BY_THREADS };

@@ -683,7 +683,7 @@ static int try_file(const char *path, int thoroughly, run_error *error)
 {
     char out[600];
     char *quantize[] = { "run", (char *)(uintptr_t)path, "-m", "quantize", "-j", "1", "--type",
-                         (char *)(uintptr_t)target_names[turn % 7], "-o", out };
+                         (char *)(uintptr_t)target_names[turn % 8], "-o", out };
     char *info[] = { "run", (char *)(uintptr_t)path, "-m", "info", "-j", "1",
                      turn % 2 ? "--json" : "--verify" };
     alarm(60);
