@@ -117,7 +117,8 @@ int run_rewind(run_session *session, int position, run_error *error);
 const float *run_logits(const run_session *session);
 
 /* Shows what goes on inside: run_eval calls it with one row of `width` values at a time, at the
-   points "embed", "attn" (heads' outputs, before their projection) and "out" of each layer. */
+   points "embed"; "attn_norm", "attn" (heads' outputs, before their projection), "ffn_norm", "ffn"
+   (before the down projection) and "out" of each layer; "norm" (what the output matrix multiplies). */
 typedef void (*run_observer)(void *context, const char *point, int layer, const float *values,
                              int position, int width);
 void run_observe(run_session *session, run_observer observer, void *context);
@@ -1381,6 +1382,8 @@ struct kernels {
     void (*attend[2])(struct query *q, int n, const void *keys, const void *values, int hd, float scale, float cap);
     /* sum of exp((x - max) * scale) in double, sixteen partial sums */
     double (*exp_sum)(const float *x, int n, float max, float scale);
+    /* g[i] -= sum over j of h[i * stride + j] delta[j], i < rows, j < n, 16 lanes each: for packing */
+    void (*feed_back)(float (*g)[STRIP], const float *h, size_t stride, int rows, float (*delta)[STRIP], int n);
     /* sum of 64-bit words, as fast as memory gives them: for bench */
     uint64_t (*read)(const uint64_t *words, size_t n);
 };
@@ -1492,6 +1495,14 @@ static void matmul_float(float *tile, const struct matrix *w, int strip, const s
                 s[k % 16] = fma_(float_weight(w, at + (size_t)k), x->x[(size_t)(r0 + r) * x->stride + (size_t)k], s[k % 16]);
             tile[r * STRIP + row] = tree(s);
         }
+}
+
+static void feed_back_plainly(float (*g)[STRIP], const float *h, size_t stride, int rows, float (*delta)[STRIP], int n)
+{
+    for (int i = 0; i < rows; i++)
+        for (int r = 0; r < STRIP; r++)
+            for (int j = 0; j < n; j++)
+                g[i][r] -= h[(size_t)i * stride + (size_t)j] * delta[j][r];
 }
 
 /* The operations below are written once, inline, and compiled for every instruction set: they
@@ -1695,7 +1706,7 @@ static const struct kernels kernels_scalar = {
     "scalar",
     { matmul_float, matmul_float, matmul_float, matmul_packed, matmul_packed, matmul_packed, matmul_packed },
     rmsnorm_scalar, quantize_scalar, glu_scalar, rope_scalar,
-    { attend_scalar_f16, attend_scalar_f32 }, exp_sum_scalar, read_scalar,
+    { attend_scalar_f16, attend_scalar_f32 }, exp_sum_scalar, feed_back_plainly, read_scalar,
 };
 
 /* -- threads: a team runs one function, with barriers and counted loops inside --
@@ -2586,6 +2597,7 @@ static void forward(void *context, int me)
         /* attention: x += o . attend(q, k, v) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->attn_norm);    /* [n, dim] */
         mark(p, me, PREPARE);
+        observe(p, me, "attn_norm", i, in->x, in->stride, c->dim);
         multiply(p, me, (struct product[]){ { &l->q, p->q, q, l->q_bias, 0 },    /* [n, heads hd] */
                                         { &l->k, p->k, kv, l->k_bias, 0 },   /* [n, kv hd] */
                                         { &l->v, p->v, kv, l->v_bias, 0 } }, /* [n, kv hd] */ 3, in);
@@ -2602,15 +2614,20 @@ static void forward(void *context, int me)
         /* feed forward: x += down . (act(gate . x) * (up . x)) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->ffn_norm);     /* [n, dim] */
         mark(p, me, PREPARE);
+        observe(p, me, "ffn_norm", i, in->x, in->stride, c->dim);
         feed_forward(p, me, i, in);                                        /* hid [n, hidden] */
         barrier(&p->team);
         mark(p, me, GATE_UP);
+        observe(p, me, "ffn", i, p->hid.x, p->hid.stride, c->hidden);
         add_branch(p, me, i, &l->down, l->down_bias, l->post_ffn_norm, &p->hid);
         mark(p, me, DOWN);
         observe(p, me, "out", i, p->x, dim, c->dim);
     }
 
-    /* logits, for the rows that want them */
+    /* logits, for the rows that want them; an observer sees the last norm of all rows */
+    for (int r = me; p->observed && r < p->n; r += p->team.active)
+        m->kernels->rmsnorm(p->norm.x + (size_t)r * p->norm.stride, p->x + (size_t)r * dim, m->output_norm, c->dim, c->eps);
+    observe(p, me, "norm", -1, p->norm.x, p->norm.stride, c->dim);
     for (int j = me; j < p->wanted; j += p->team.active) {
         int r = p->wanted_rows[j];
         note(p, m->kernels->rmsnorm(p->last.x + (size_t)j * p->last.stride, p->x + (size_t)r * dim, m->output_norm,
@@ -3355,60 +3372,164 @@ static void place_group(unsigned char *block, enum type type, int group, const s
     }
 }
 
+/* -- error feedback --
+
+   What an error of a weight costs depends on what it is multiplied with. Over the rows x of a text a row
+   of errors e = w - v costs the sum of (e . x)^2 = e H e^T, with H the sum of x^T x: errors of columns
+   that go together can cancel. So a group is packed for the least cost as all other columns are: first
+   from left to right, where those to come have no error yet, then again, with what they have become.
+   One lane is one row of the matrix; g = H e^T, half the slope of the cost, is kept up to date. Sums are
+   floats in a fixed order, so that the file is the same from every machine. */
+
+enum { SWEEPS = 4 };
+
+static int takes_feedback(enum type type) { return type == Q4 || type == Q4A || type == Q6; }
+
+/* The columns of a group one after another: each takes the level that is best as the others are.
+   v, g: their values and slopes; h: their part of H. */
+static void choose_levels(const struct kernels *kernels, enum type type, int n, float (*h)[GROUP], struct grid *grid,
+                          float (*v)[STRIP], float (*g)[STRIP])
+{
+    float inverse[STRIP], step[1][STRIP];
+    for (int r = 0; r < STRIP; r++)
+        inverse[r] = grid->d[r] * grid->d[r] > 0 ? 1 / grid->d[r] : 0;
+    for (int j = 0; j < n; j++) {
+        float freedom = 1 / h[j][j], low = levels[type].low, high = levels[type].high;
+        for (int r = 0; r < STRIP; r++) {
+            float q = (v[j][r] + g[j][r] * freedom - grid->m[r]) * inverse[r];
+            grid->q[j][r] = clamp(round_even(clamp(q, low - 1, high + 1)), low, high);
+            step[0][r] = grid->q[j][r] * grid->d[r] + grid->m[r] - v[j][r];
+            v[j][r] += step[0][r];
+        }
+        kernels->feed_back(g, &h[0][j], GROUP, n, step, 1);
+    }
+}
+
+/* The best scale (and minimum) for the levels as they are. */
+static void refit(const struct kernels *kernels, enum type type, int n, float (*h)[GROUP], struct grid *grid,
+                  float (*v)[STRIP], float (*g)[STRIP])
+{
+    float hq[GROUP][STRIP] = { 0 }, sum = 0;                        /* -H q; 1 H 1 */
+    float qhq[STRIP] = { 0 }, hq1[STRIP] = { 0 }, gq[STRIP] = { 0 }, g1[STRIP] = { 0 };
+    kernels->feed_back(hq, h[0], GROUP, n, grid->q, n);
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < n; j++)
+            sum += h[i][j];
+        for (int r = 0; r < STRIP; r++) {
+            qhq[r] -= hq[i][r] * grid->q[i][r];
+            hq1[r] -= hq[i][r];
+            gq[r] += g[i][r] * grid->q[i][r];
+            g1[r] += g[i][r];
+        }
+    }
+    for (int r = 0; r < STRIP; r++) {
+        float d = grid->d[r], up = gq[r], down = qhq[r], least = 0;
+        if (type == Q4A) {
+            least = 1e-5f * down * sum;     /* all levels alike: any scale would do */
+            up = up * sum - hq1[r] * g1[r];
+            down = down * sum - hq1[r] * hq1[r];
+        }
+        grid->d[r] = from_half(to_half(down > least ? d + up / down : d));
+        if (type == Q4A)
+            grid->m[r] = from_half(to_half(grid->m[r] + (g1[r] - hq1[r] * (grid->d[r] - d)) / sum));
+        for (int i = 0; i < n; i++)
+            v[i][r] = grid->q[i][r] * grid->d[r] + grid->m[r];
+    }
+}
+
+/* Improves the grids of a strip. v [cols][16]: its weights, and afterwards what they became; g [cols][16]: zeros. */
+static void feed_back(const struct kernels *kernels, enum type type, const float *hessian, int cols, struct grid *grids,
+                      float (*v)[STRIP], float (*g)[STRIP])
+{
+    for (int sweep = 0; sweep < SWEEPS; sweep++)
+        for (int first = 0; first < cols; first += GROUP) {
+            int n = cols - first < GROUP ? cols - first : GROUP;
+            float h[GROUP][GROUP], slope[GROUP][STRIP], change[GROUP][STRIP];
+            for (int i = 0; i < n; i++)
+                memcpy(h[i], hessian + (size_t)(first + i) * (size_t)cols + first, (size_t)n * sizeof(float));
+            memcpy(slope, g + first, (size_t)n * sizeof *slope);
+            memcpy(change, v + first, (size_t)n * sizeof *change);
+            choose_levels(kernels, type, n, h, &grids[first / GROUP], v + first, slope);
+            refit(kernels, type, n, h, &grids[first / GROUP], v + first, slope);
+            for (int i = 0; i < n; i++)
+                for (int r = 0; r < STRIP; r++)
+                    change[i][r] = v[first + i][r] - change[i][r];
+            kernels->feed_back(g, hessian + first, (size_t)cols, cols, change, n);
+        }
+}
+
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int number)
+{
+    (void)number;
+    interrupted = 1;
+}
+
 struct packing {                    /* a matrix on its way from one type to another */
     struct source source;
     enum type type;
+    const struct kernels *kernels;
+    const float *hessian;           /* [cols, cols] of its input, or NULL */
     unsigned char *out;             /* strips [first, end) */
     int first, end;
     struct team *team;
-    float *rows;                    /* [threads][STRIP][padded cols] */
+    float *rows;                    /* [threads][3][STRIP][padded cols] */
+    struct grid *grids;             /* [threads][groups] */
     double *error, *square;         /* [strips] sums of (w - packed w)^2 and of w^2 */
     atomic_int bad;                 /* 1 + a row with a weight that is not finite */
 };
 
-static void pack_strip(struct packing *p, int strip, float *rows, unsigned char *out)
+static void pack_strip(struct packing *p, int strip, float *rows, struct grid *grids, unsigned char *out)
 {
     const struct matrix *m = &p->source.m;
     size_t width = blocks(m->cols) * BLOCK;
-    memset(rows, 0, STRIP * width * sizeof *rows);
+    float (*w)[STRIP] = (float (*)[STRIP])(rows + STRIP * width), (*g)[STRIP] = w + width; /* [width] */
+    int lost = 0;                   /* groups that were fitted */
+    memset(rows, 0, 3 * STRIP * width * sizeof *rows);
     memset(out, 0, matrix_bytes(p->type, STRIP, m->cols));
     for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++) {
         decode_row(&p->source, strip * STRIP + r, rows + (size_t)r * width);
-        for (int i = 0; i < m->cols; i++)
-            if (!(rows[(size_t)r * width + (size_t)i] * 0 == 0))
+        for (int i = 0; i < m->cols; i++) {
+            w[i][r] = rows[(size_t)r * width + (size_t)i];
+            if (!(w[i][r] * 0 == 0))
                 p->bad = strip * STRIP + r + 1;
+        }
     }
     for (int group = 0; group < 2 * (int)blocks(m->cols); group++) {
-        struct grid g = { 0 };
-        float w[GROUP][STRIP];
         int exact = group * GROUP + (m->type < Q4 || m->type == RAW ? GROUP : 1) <= m->cols; /* packed ones are padded */
-        for (int r = 0; r < STRIP; r++)
-            for (int i = 0; i < GROUP; i++)
-                w[i][r] = rows[(size_t)r * width + (size_t)(group * GROUP + i)];
+        memset(&grids[group], 0, sizeof *grids);
         for (int r = 0; r < STRIP && exact; r++)
             if (strip * STRIP + r < m->rows)
-                exact = exact_grid(&p->source, p->type, strip * STRIP + r, group, r, &g);
-        if (!exact) {
-            int left = m->cols - group * GROUP;
-            memset(&g, 0, sizeof g);
-            if (left > 0)
-                p->type == Q8 ? fit_q8(w, left < GROUP ? left : GROUP, &g) : fit(w, left < GROUP ? left : GROUP, p->type, &g);
-        }
-        place_group(out + (size_t)(group / 2) * matrix_bytes(p->type, STRIP, BLOCK), p->type, group % 2, &g);
+                exact = exact_grid(&p->source, p->type, strip * STRIP + r, group, r, &grids[group]);
+        int left = m->cols - group * GROUP, n = left < GROUP ? left : GROUP;
+        if (exact || n <= 0)
+            continue;
+        lost++;
+        memset(&grids[group], 0, sizeof *grids);
+        p->type == Q8 ? fit_q8(w + group * GROUP, n, &grids[group]) : fit(w + group * GROUP, n, p->type, &grids[group]);
+    }
+    if (p->hessian && lost && !p->bad)
+        feed_back(p->kernels, p->type, p->hessian, m->cols, grids, w, g);
+    for (int group = 0; group < 2 * (int)blocks(m->cols); group++) {
+        const struct grid *q = &grids[group];
+        place_group(out + (size_t)(group / 2) * matrix_bytes(p->type, STRIP, BLOCK), p->type, group % 2, q);
         for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++)
             for (int i = 0; i < GROUP && group * GROUP + i < m->cols; i++) {
-                double e = (double)w[i][r] - (double)fma_(g.q[i][r], g.d[r], g.m[r]);
+                double x = (double)rows[(size_t)r * width + (size_t)(group * GROUP + i)];
+                double e = x - (double)fma_(q->q[i][r], q->d[r], q->m[r]);
                 p->error[strip] += e * e;
-                p->square[strip] += (double)w[i][r] * (double)w[i][r];
+                p->square[strip] += x * x;
             }
     }
 }
 
 /* Rows of a strip to a float type. */
-static void convert_strip(struct packing *p, int strip, float *rows, unsigned char *out)
+static void convert_strip(struct packing *p, int strip, float *rows, struct grid *grids, unsigned char *out)
 {
     const struct matrix *m = &p->source.m;
     for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++) {
+        (void)grids;
         decode_row(&p->source, strip * STRIP + r, rows);
         for (int i = 0; i < m->cols; i++) {
             float x = rows[i], back = x;
@@ -3433,21 +3554,14 @@ static void pack(void *context, int me)
     struct packing *p = context;
     int begin, end;
     size_t width = blocks(p->source.m.cols) * BLOCK;
-    while (next_piece(p->team, me, p->end - p->first, 1, &begin, &end))
-        (p->type >= Q4 ? pack_strip : convert_strip)(p, p->first + begin, p->rows + (size_t)me * STRIP * width,
-                                                     p->out + matrix_bytes(p->type, STRIP, p->source.m.cols) * (size_t)begin);
+    while (!interrupted && next_piece(p->team, me, p->end - p->first, 1, &begin, &end))
+        (p->type >= Q4 ? pack_strip : convert_strip)(
+            p, p->first + begin, p->rows + (size_t)me * 3 * STRIP * width, p->grids + (size_t)me * (width / GROUP),
+            p->out + matrix_bytes(p->type, STRIP, p->source.m.cols) * (size_t)begin);
     barrier(p->team);
 }
 
 /* -- writing a model file -- */
-
-static volatile sig_atomic_t interrupted;
-
-static void on_interrupt(int number)
-{
-    (void)number;
-    interrupted = 1;
-}
 
 static uint32_t crc32_of(uint32_t crc, const unsigned char *data, size_t n)
 {
@@ -3537,6 +3651,8 @@ static void text_json(struct text *t, const char *data, size_t length)
 struct planned {                    /* a tensor of the file to be written */
     const struct tensor *tensor;
     enum type type;                 /* if it is a matrix; RAW: copy the bytes */
+    enum type from;                 /* of a matrix: what it is, and its shape */
+    int rows, cols;
     size_t size, crc_at;            /* crc_at: where its checksum stands in the header */
 };
 
@@ -3554,6 +3670,44 @@ static enum type planned_type(const struct source *s, const char *name, int auto
         return s->m.type == RAW ? s->raw->packed : s->m.type;
     int end = !strcmp(name, "token_embd.weight") || !strcmp(name, "output.weight");
     return end && (type == Q4 || type == Q4A) ? Q8 : type;
+}
+
+/* Which matrices deserve more bits: 0 the most. All that follows depends on the first layer's attention and down
+   projection, every logit on the output matrix; keys and values are small and shared by query heads. */
+static int deserves(struct container *c, const char *name)
+{
+    int number = strncmp(name, "blk.", 4) ? 0 : (int)strcspn(name + 4, "."), first = !strncmp(name, "blk.0.", 6);
+    const char *kind = number ? name + 4 + number : name;
+    if (!strcmp(kind, find_tensor(c, "output.weight") ? "output.weight" : "token_embd.weight"))
+        return 1;
+    if (!strncmp(kind, ".attn_", 6) && first)
+        return 0;
+    if (!strcmp(kind, ".ffn_down.weight"))
+        return first ? 2 : 4;
+    return !strcmp(kind, ".attn_v.weight") || !strcmp(kind, ".attn_k.weight") ? 3 : 5;
+}
+
+/* q4, then q6, then q8 for the most deserving, as far as an average of so many bits a weight allows. */
+static void spend_bits(struct planned *plan, int n, struct container *c, double bits)
+{
+    double left = 0;                /* bytes; padding counts as weights */
+    for (int i = 0; i < n; i++)
+        if (plan[i].rows) {
+            plan[i].type = Q4;
+            left += (bits / 4.5 - 1) * (double)matrix_bytes(Q4, plan[i].rows, plan[i].cols);
+        }
+    for (int step = 0; step < 12; step++)
+        for (int i = 0; i < n; i++) {
+            struct planned *p = &plan[i];
+            enum type better = step < 6 ? Q6 : Q8;
+            if (!p->rows || deserves(c, p->tensor->name) != step % 6)
+                continue;
+            double more = (double)matrix_bytes(better, p->rows, p->cols) - (double)matrix_bytes(p->type, p->rows, p->cols);
+            if (more < left + 0.5) {
+                left -= more;
+                p->type = better;
+            }
+        }
 }
 
 static int is_pad(const char *name) { return !strncmp(name, "pad.", 4); }
@@ -3637,10 +3791,11 @@ static int write_matrix(FILE *file, struct packing *p, uint32_t *crc, run_error 
     int most = (int)((size_t)(16 << 20) / strip_bytes) + p->team->size; /* strips at a time */
     most = most < total ? most : total;
     p->out = malloc(strip_bytes * (size_t)most);
-    p->rows = malloc((size_t)p->team->size * STRIP * width * sizeof *p->rows);
+    p->rows = malloc((size_t)p->team->size * 3 * STRIP * width * sizeof *p->rows);
+    p->grids = malloc((size_t)p->team->size * (width / GROUP) * sizeof *p->grids);
     p->error = calloc((size_t)total, sizeof *p->error);
     p->square = calloc((size_t)total, sizeof *p->square);
-    if (!p->out || !p->rows || !p->error || !p->square) {
+    if (!p->out || !p->rows || !p->grids || !p->error || !p->square) {
         fail(error, "out of memory for tensor %.100s", name);
     } else {
         for (p->first = 0; p->first < total; p->first = p->end) {
@@ -3662,13 +3817,174 @@ static int write_matrix(FILE *file, struct packing *p, uint32_t *crc, run_error 
     return failed;
 }
 
+/* -- statistics: H of the inputs of matrices, as many at a time as there is room for -- */
+
+enum { INPUTS = 4, FEWEST = 256 };  /* of a layer's matrices; tokens that are worth a sum */
+
+struct site {                       /* one input, of `width` columns */
+    int width;
+    float *rows;                    /* [width, window] the latest tokens, one a column */
+    float *hessian;                 /* [width, width], or NULL: not collected at present */
+};
+
+struct statistics {
+    run_session *session;
+    int *ids, n_ids;                /* of the text */
+    int window;                     /* tokens that are read together */
+    int n_sites;
+    struct site *sites;             /* [layers INPUTS + 1], the output matrix's last */
+};
+
+/* The site of a matrix's input, or -1: an embedding that is not the output matrix has none. */
+static int site_of(const struct run_model *m, const char *name)
+{
+    static const struct { const char *matrix; int input; } all[] = {
+        { "attn_q", 0 }, { "attn_k", 0 }, { "attn_v", 0 }, { "attn_output", 1 },
+        { "ffn_gate", 2 }, { "ffn_up", 2 }, { "ffn_down", 3 },
+    };
+    if (!strcmp(name, m->output.data == m->embedding.data ? "token_embd.weight" : "output.weight"))
+        return m->config.layers * INPUTS;
+    for (int i = 0; i < 7 * m->config.layers; i++) {
+        char expected[80];
+        snprintf(expected, sizeof expected, "blk.%d.%s.weight", i / 7, all[i % 7].matrix);
+        if (!strcmp(name, expected))
+            return i / 7 * INPUTS + all[i % 7].input;
+    }
+    return -1;
+}
+
+static void keep_row(void *context, const char *point, int layer, const float *values, int position, int width)
+{
+    static const char *const points[] = { "attn_norm", "attn", "ffn_norm", "ffn" };
+    struct statistics *s = context;
+    int input = 0;
+    while (input < INPUTS && strcmp(point, points[input]))
+        input++;
+    if (input == INPUTS && strcmp(point, "norm"))
+        return;
+    struct site *site = &s->sites[input < INPUTS ? layer * INPUTS + input : s->n_sites - 1];
+    for (int i = 0; site->hessian && i < width; i++)
+        site->rows[(size_t)i * (size_t)s->window + (size_t)position] = values[i];
+}
+
+/* H += x^T x below and at the diagonal, a matrix product like any other. */
+static void add_products(void *context, int me)
+{
+    struct statistics *s = context;
+    struct team *team = &s->session->pass->team;
+    int total = 0, begin, end;
+    for (int i = 0; i < s->n_sites; i++)
+        total += (int)strips(s->sites[i].width);
+    while (next_piece(team, me, total, 1, &begin, &end)) {
+        const struct site *site = s->sites;
+        int strip = begin;
+        for (; strip >= (int)strips(site->width); site++)
+            strip -= (int)strips(site->width);
+        const struct matrix x = { (const unsigned char *)site->rows, F32, site->width, s->window };
+        const struct input in = { .x = site->rows, .stride = (size_t)s->window, .n = site->width, .cols = s->window };
+        for (int first = strip * STRIP; first < site->width; first += TILE) {
+            float tile[TILE * STRIP], *h = site->hessian + (size_t)first * (size_t)site->width + strip * STRIP;
+            int n = site->width - first < TILE ? site->width - first : TILE;
+            s->session->model->kernels->matmul[F32](tile, &x, strip, &in, first, n);
+            for (int r = 0; r < n; r++, h += site->width)
+                for (int i = 0; i < STRIP && strip * STRIP + i < site->width; i++)
+                    h[i] += tile[r * STRIP + i];
+        }
+    }
+    barrier(team);
+}
+
+/* Reads the text once, in windows. */
+static int read_text(struct statistics *s, run_error *error)
+{
+    int bos = s->window > 1 ? run_bos(s->session->model) : -1, n;
+    for (int at = 0; at < s->n_ids; at += n) {
+        if (interrupted)
+            return fail(error, "interrupted");
+        if (isatty(2))
+            fprintf(stderr, "\r%3d %%  %-40s", (int)(100.0 * at / s->n_ids), "reading the text");
+        for (int i = 0; i < s->n_sites; i++)
+            if (s->sites[i].hessian)
+                memset(s->sites[i].rows, 0, (size_t)s->sites[i].width * (size_t)s->window * sizeof(float));
+        n = s->window - (bos >= 0);
+        n = n < s->n_ids - at ? n : s->n_ids - at;
+        if (run_rewind(s->session, 0, error) || (bos >= 0 && eval(s->session, &bos, 1, 0, error)) ||
+            eval(s->session, s->ids + at, n, 0, error))
+            return -1;
+        team_run(&s->session->pass->team, 0, add_products, s);
+    }
+    return 0;
+}
+
+/* Both halves, relative to the mean of the diagonal, to which a part of it is added: a text is only a
+   sample, and a tied matrix is an embedding too. */
+static int finish_site(struct site *site, float damping, run_error *error)
+{
+    double sum = 0;
+    size_t n = (size_t)site->width;
+    for (size_t i = 0; i < n; i++)
+        sum += (double)site->hessian[i * n + i];
+    float scale = sum > 0 ? (float)((double)n / sum) : 0;
+    if (!(sum * 0 == 0) || !(scale * 0 == 0))
+        return fail(error, "the activations of this text are not finite or too large for statistics; pack without -f");
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j <= i; j++)
+            site->hessian[i * n + j] = site->hessian[j * n + i] = site->hessian[i * n + j] * scale + (i == j ? damping : 0);
+    return 0;
+}
+
+/* Collects for plan[first] and as many matrices behind it as there is room for. */
+static int collect_sites(struct statistics *s, const struct planned *plan, int first, int n, run_error *error)
+{
+    const struct run_model *m = s->session->model;
+    const size_t most = (size_t)1 << 30;
+    size_t bytes = 0;
+    int tied = m->output.data == m->embedding.data;
+    for (int i = 0; i < s->n_sites; i++) {
+        free(s->sites[i].rows);
+        free(s->sites[i].hessian);
+        s->sites[i] = (struct site){ 0 };
+    }
+    for (int k = first; k < n; k++) {
+        int i = takes_feedback(plan[k].type) ? site_of(m, plan[k].tensor->name) : -1;
+        if (i < 0 || s->sites[i].hessian)
+            continue;
+        int width = i % INPUTS == 1 ? m->config.heads * m->config.hd : i % INPUTS == 3 ? m->config.hidden : m->config.dim;
+        size_t more = (size_t)width * (size_t)(width + s->window) * sizeof(float);
+        if (bytes && bytes + more > most)
+            break;
+        bytes += more;
+        s->sites[i] = (struct site){ width, calloc((size_t)width * (size_t)s->window, sizeof(float)),
+                                     calloc((size_t)width * (size_t)width, sizeof(float)) };
+        if (!s->sites[i].rows || !s->sites[i].hessian)
+            return fail(error, "out of memory for statistics of %d columns", width);
+    }
+    run_observe(s->session, keep_row, s);
+    int failed = read_text(s, error);
+    run_observe(s->session, NULL, NULL);
+    for (int i = 0; i < s->n_sites && !failed; i++)
+        if (s->sites[i].hessian)
+            failed = finish_site(&s->sites[i], i == s->n_sites - 1 && tied ? 0.3f : 0.1f, error);
+    return failed;
+}
+
+/* H of a matrix's input, or NULL if there is none. */
+static int find_hessian(struct statistics *s, const struct planned *plan, int k, int n, const float **hessian, run_error *error)
+{
+    int i = s && takes_feedback(plan[k].type) ? site_of(s->session->model, plan[k].tensor->name) : -1;
+    if (i >= 0 && !s->sites[i].hessian && collect_sites(s, plan, k, n, error))
+        return -1;
+    *hessian = i >= 0 ? s->sites[i].hessian : NULL;
+    return 0;
+}
+
 struct tally {                      /* of matrices that changed their type */
     double error, square;
     int n;
 };
 
 static int write_tensors(FILE *file, const struct container *c, struct planned *plan, int n, struct text *header,
-                         struct team *team, struct tally tally[RAW + 1][N_TYPES], run_error *error)
+                         struct team *team, struct statistics *statistics, struct tally tally[RAW + 1][N_TYPES], run_error *error)
 {
     uint64_t length = header->n;
     size_t offset = 0;
@@ -3686,8 +4002,9 @@ static int write_tensors(FILE *file, const struct container *c, struct planned *
                 return fail(error, "cannot write: %s", strerror(errno));
         } else {
             struct packing p = { .type = plan[i].type, .team = team };
-            if (source_open(&p.source, c, t, error))
+            if (source_open(&p.source, c, t, error) || find_hessian(statistics, plan, i, n, &p.hessian, error))
                 return -1;
+            p.kernels = statistics ? statistics->session->model->kernels : NULL;
             int failed = write_matrix(file, &p, &crc, error, t->name);
             struct tally *sums = &tally[p.source.m.type][p.type];
             for (int k = 0; k < (int)strips(p.source.m.rows) && !failed; k++) {
@@ -3697,6 +4014,7 @@ static int write_tensors(FILE *file, const struct container *c, struct planned *
             sums->n++;
             free(p.out);
             free(p.rows);
+            free(p.grids);
             free(p.error);
             free(p.square);
             if (failed)
@@ -3725,7 +4043,7 @@ static int by_offset(const void *a, const void *b)
 
 /* A temporary file beside `out`, renamed when it is whole. */
 static int write_model(const char *out, const struct container *c, struct planned *plan, int n, int threads,
-                       struct tally tally[RAW + 1][N_TYPES], run_error *error)
+                       struct statistics *statistics, struct tally tally[RAW + 1][N_TYPES], run_error *error)
 {
     struct text header = { 0 };
     struct team team;
@@ -3741,7 +4059,7 @@ static int write_model(const char *out, const struct container *c, struct planne
     FILE *file = fopen(temporary, "wb");
     int failed = file ? 0 : fail(error, "cannot create %.300s: %s", temporary, strerror(errno));
     if (!failed && !(failed = team_open(&team, threads, error))) {
-        failed = write_tensors(file, c, plan, n, &header, &team, tally, error);
+        failed = write_tensors(file, c, plan, n, &header, &team, statistics, tally, error);
         team_close(&team);
     }
     if (file && fclose(file) && !failed)
@@ -4242,6 +4560,20 @@ ATTEND(attend_f16, 0)
 ATTEND(attend_f32, 1)
 #undef ATTEND
 
+static void SET(feed_back)(float (*g)[STRIP], const float *h, size_t stride, int rows, float (*delta)[STRIP], int n)
+{
+    for (int i = 0; i < rows; i++, h += stride) {
+        vf s[PARTS];
+        for (int part = 0; part < PARTS; part++)
+            s[part] = *(const vf *)(g[i] + part * LANES);
+        for (int j = 0; j < n; j++)
+            for (int part = 0; part < PARTS; part++)
+                s[part] -= SET(all)(h[j]) * *(const vf *)(delta[j] + part * LANES);
+        for (int part = 0; part < PARTS; part++)
+            *(vf *)(g[i] + part * LANES) = s[part];
+    }
+}
+
 #define REST(name) SET(name)
 #else
 #define REST(name) JOIN(name, KERNELS_REST)
@@ -4252,7 +4584,7 @@ static const struct kernels SET(kernels) = {
     { REST(matmul_f32), REST(matmul_f16), REST(matmul_bf16), SET(matmul_q4), SET(matmul_q4a),
       SET(matmul_q6), SET(matmul_q8) },
     REST(rmsnorm), REST(quantize), REST(glu), REST(rope),
-    { REST(attend_f16), REST(attend_f32) }, REST(exp_sum), REST(read),
+    { REST(attend_f16), REST(attend_f32) }, REST(exp_sum), REST(feed_back), REST(read),
 };
 
 #undef REST
@@ -4428,7 +4760,7 @@ static const char usage_text[] =
     "\n"
     "text\n"
     "  -i TEXT               prompt, byte for byte\n"
-    "  -f FILE               prompt from a file (- for standard input)\n"
+    "  -f FILE               prompt from a file (- for standard input); quantize: see below\n"
     "  -y TEXT               system prompt (chat; default: the model's own)\n"
     "  -n N                  tokens to generate, 0: until the context is full (generate 256, chat 0)\n"
     "  --stop TEXT           end before this text; may be repeated\n"
@@ -4453,11 +4785,17 @@ static const char usage_text[] =
     "output\n"
     "  --json                one JSON object on standard output\n"
     "  --logprobs K          with --json: log-probabilities of each token and the K best\n"
-    "  --type TYPE           quantize: auto, q4, q4a, q6, q8, f16, bf16, f32 (auto: exact where it can be)\n"
     "  --verify              info: check the checksums of all tensors\n"
     "  --compare WHAT        bench: context, isa or threads: speed at each length, set or number\n"
-    "  -o FILE               quantize: the file to write\n"
     "  -h                    this text\n"
+    "\n"
+    "quantize\n"
+    "  -o FILE               the file to write\n"
+    "  --type TYPE           auto, q4, q4a, q6, q8, f16, bf16, f32 (auto: exact where it can be)\n"
+    "  --bits NUMBER         in place of --type: q4, q6 and q8 where they help most, an average of at most\n"
+    "                        so many bits a weight (4.5 to 8.5; 5 is a good choice)\n"
+    "  -f FILE               a text like those to come: errors that matter in it are kept small. -n tokens of\n"
+    "                        it are used (8192), in windows of -c (512)\n"
     "\n"
     "environment: RUN_ISA forces an instruction set (info shows them)\n";
 
@@ -4467,6 +4805,7 @@ enum mode { GENERATE, CHAT, PERPLEXITY, TOKENIZE, INFO, BENCH, QUANTIZE };      
 struct options {
     const char *model, *prompt, *prompt_file, *system, *output, *seed, *stops[MAX_STOPS];
     int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max, compare;
+    float bits;
     run_sampling sampling;
 };
 
@@ -4527,6 +4866,7 @@ static const struct option {
     { "--json", FLAG, PLACE(json), 0, 0, NULL },
     { "--logprobs", WHOLE, PLACE(logprobs), 0, INT_MAX, NULL },
     { "--type", WORD, PLACE(type), 0, 0, target_names },
+    { "--bits", NUMBER, PLACE(bits), 4.5, 8.5, NULL },
     { "--verify", FLAG, PLACE(verify), 0, 0, NULL },
     { "-o", TEXT, PLACE(output), 0, 0, NULL },
 #undef PLACE
@@ -5813,12 +6153,58 @@ static int mode_bench(const struct options *o, run_session *s, run_error *error)
 
 /* -- quantize -- */
 
+/* Prepares statistics over the text of -f: windows of it, spread evenly, about as many tokens as -n. */
+static int statistics_open(struct statistics *s, const struct options *o, run_error *error)
+{
+    struct text t = { 0 };
+    run_model *m = run_open(o->model, error);
+    if (!m)
+        return -1;
+    int window = o->context ? o->context : m->config.context < 512 ? m->config.context : 512;
+    int most = o->tokens > 0 ? o->tokens : 8192, piece = run_bos(m) >= 0 && window > 1 ? window - 1 : window;
+    *s = (struct statistics){ .window = window, .n_sites = m->config.layers * INPUTS + 1 };
+    int failed = read_prompt(o, &t, error) || (s->n_ids = prompt_ids(m, &t, o->special, 0, &s->ids, error)) < 0;
+    free(t.data);
+    if (!failed && (s->n_ids < FEWEST || most < FEWEST))
+        failed = fail(error, "statistics need %d tokens or more; the text has %d%s", FEWEST, s->n_ids,
+                      most < FEWEST ? ", and -n says less" : "");
+    if (!failed && s->n_ids > most) {
+        int kept = most < piece ? 1 : most / piece, n = kept * piece < s->n_ids ? kept * piece : s->n_ids;
+        for (int i = 1; i < kept; i++)
+            memmove(s->ids + i * piece, s->ids + (long long)(s->n_ids - piece) * i / (kept - 1), (size_t)piece * sizeof(int));
+        s->n_ids = n;
+    }
+    if (!failed && !(s->session = run_session_open(m, &(run_options){ window, o->threads, 0 }, error)))
+        failed = -1;
+    if (!s->session)
+        run_close(m);
+    else if (!(s->sites = calloc((size_t)s->n_sites, sizeof *s->sites)))
+        failed = fail(error, "out of memory");
+    return failed ? -1 : 0;
+}
+
+static void statistics_close(struct statistics *s)
+{
+    run_model *m = s->session ? (run_model *)(uintptr_t)s->session->model : NULL;
+    for (int i = 0; s->sites && i < s->n_sites; i++) {
+        free(s->sites[i].rows);
+        free(s->sites[i].hessian);
+    }
+    free(s->sites);
+    free(s->ids);
+    run_session_close(s->session);
+    run_close(m);
+}
+
 static int mode_quantize(const struct options *o, run_error *error)
 {
+    struct statistics statistics = { 0 };
     struct container c;
     struct tally tally[RAW + 1][N_TYPES] = { 0 };
     if (!o->output)
         wrong_usage("quantize needs a file to write: -o FILE");
+    if (o->type && o->bits > 0)
+        wrong_usage("--type and --bits are two ways to choose types; give one");
     if (container_open(&c, o->model, error))
         return failure(error);
     struct stat in, out;
@@ -5845,12 +6231,28 @@ static int mode_quantize(const struct options *o, run_error *error)
         if ((failed = source_open(&source, &c, t, error)))
             break;
         p->type = planned_type(&source, t->name, o->type == 0, (enum type)(o->type - 1));
-        p->size = matrix_bytes(p->type, source.m.rows, source.m.cols);
-        if (p->type == source.m.type && p->type >= Q4)
+        p->from = source.m.type;
+        p->rows = source.m.rows;
+        p->cols = source.m.cols;
+    }
+    if (o->bits > 0 && !failed)
+        spend_bits(plan, n, &c, (double)o->bits);
+    for (struct planned *p = plan; p < plan + n; p++) {
+        p->size = p->rows ? matrix_bytes(p->type, p->rows, p->cols) : p->size;
+        if (p->rows && p->type == p->from && p->type >= Q4)
             p->type = RAW;          /* as it is: a copy */
     }
+    int text = o->prompt || o->prompt_file, helped = 0;
+    for (int i = 0; i < n; i++)
+        helped += takes_feedback(plan[i].type);
+    if (!failed && text && !helped)
+        failed = fail(error, "nothing here becomes q4, q4a or q6, so that the text of -f has no use; choose --type or --bits");
+    if (!failed && text)
+        failed = statistics_open(&statistics, o, error);
     if (!failed)
-        failed = write_model(o->output, &c, plan, n, o->threads ? o->threads : default_threads(), tally, error);
+        failed = write_model(o->output, &c, plan, n, o->threads ? o->threads : default_threads(),
+                             text ? &statistics : NULL, tally, error);
+    statistics_close(&statistics);
     for (int from = 0; from <= RAW && !failed; from++)
         for (int to = 0; to < N_TYPES; to++)
             if (tally[from][to].n && from != to)
@@ -5870,6 +6272,7 @@ static void check_options(const struct options *o, enum mode mode)
         { o->system != NULL, mode == CHAT, "-y", "chat" },
         { o->output != NULL, mode == QUANTIZE, "-o", "quantize" },
         { o->type, mode == QUANTIZE, "--type", "quantize" },
+        { o->bits > 0, mode == QUANTIZE, "--bits", "quantize" },
         { o->verify, mode == INFO, "--verify", "info" },
         { o->compare, mode == BENCH, "--compare", "bench" },
         { o->no_echo, mode == GENERATE, "--no-echo", "generate" },
