@@ -142,6 +142,11 @@ enum run_stop { RUN_LENGTH, RUN_EOS, RUN_STOPPED, RUN_CONTEXT, RUN_CANCELLED };
    return ends the generation. */
 typedef int (*run_callback)(void *context, int id, const char *text, size_t length);
 
+/* Who may propose tokens; all are checked, so that this changes speed and never the text. */
+enum run_draft { RUN_DRAFT_AUTO, RUN_DRAFT_OFF, RUN_DRAFT_LOOKUP };
+enum run_drafter { RUN_LOOKUP, RUN_DRAFTERS };
+enum { RUN_DRAFT_MOST = 15 };  /* proposals in one pass */
+
 typedef struct {
     run_sampling sampling;
     int max_tokens;           /* 0: until the context is full */
@@ -150,13 +155,19 @@ typedef struct {
     int show_special;         /* control tokens appear in the text */
     run_callback callback;
     void *context;            /* for the callback */
+    enum run_draft draft;
+    int draft_max;            /* proposals in one pass, at most; 0: 15 */
 } run_generation;
 
 typedef struct {
     enum run_stop stop;
     int tokens;     /* drawn, without the end token */
     int passes;     /* forward passes */
-    int drafted, accepted;
+    int drafted, accepted; /* proposals that were verified; those that stood and were emitted */
+    int drafted_by[RUN_DRAFTERS], accepted_by[RUN_DRAFTERS];
+    int drafted_at[RUN_DRAFT_MOST], accepted_at[RUN_DRAFT_MOST]; /* by place in the window */
+    double seconds, draft_seconds, verify_seconds; /* in all; of them making proposals; of them in passes */
+    double alone_seconds; /* estimate of what passes of one token each would have taken instead */
 } run_result;
 
 /* Draws tokens after the session's last one until something ends it. Needs a run_eval before. All
@@ -2032,13 +2043,17 @@ struct run_session {
     int *slots;                         /* [layers] blocks that a layer keeps of each head */
     int *tokens;                        /* [context] */
     int context, length, written, cache_f32;
-    int wanted;                         /* rows of logits from the last pass */
+    int first_row, wanted;              /* rows of logits from the last pass */
+    int row, ahead;                     /* the one to draw from next; positions behind `length` that hold proposals */
+    struct drafting *drafting;          /* NULL until it is wanted */
     struct pass *pass;
     float *candidates;                  /* [vocab] for the sampler */
     int *order;                         /* [vocab] likewise */
     void (*observer)(void *context, const char *point, int layer, const float *values, int n, int width);
     void *observer_context;
 };
+
+static void drafting_close(struct drafting *d);
 
 struct row {                            /* of a forward pass */
     run_session *session;
@@ -2189,6 +2204,7 @@ void run_session_close(run_session *s)
     if (s->cache)
         munmap(s->cache, s->cache_bytes);
     pass_close(s->pass);
+    drafting_close(s->drafting);
     free(s->layer_at);
     free(s->slots);
     free(s->tokens);
@@ -2266,8 +2282,9 @@ run_session *run_session_fork(const run_session *s, run_error *error)
     memcpy(f->tokens, s->tokens, (size_t)s->length * sizeof *s->tokens);
     f->length = s->length;
     f->written = s->written;
-    f->wanted = s->wanted;
-    memcpy(f->pass->logits, s->pass->logits, (size_t)s->wanted * (size_t)c->vocab * sizeof(float));
+    f->wanted = s->wanted > 0;
+    if (s->wanted)
+        memcpy(f->pass->logits, run_logits(s), (size_t)c->vocab * sizeof(float));
     return f;
 }
 
@@ -2276,7 +2293,7 @@ int run_context(const run_session *s) { return s->context; }
 
 const float *run_logits(const run_session *s)
 {
-    return s->wanted ? s->pass->logits + (size_t)(s->wanted - 1) * (size_t)s->model->config.vocab : NULL;
+    return s->wanted ? s->pass->logits + (size_t)(s->first_row + s->row) * (size_t)s->model->config.vocab : NULL;
 }
 
 /* -- the verbs of forward() -- */
@@ -2661,12 +2678,15 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
         p->threads[i].norm.n = p->threads[i].att.n = n;
     p->wanted = p->n_tiles = p->observed = 0;
     p->bad = 0;
+    int pieces = p->model->config.kv * ((n + TILE - 1) / TILE), tile = TILE;
+    if (n >= TILE / 2 && pieces < 4 * p->team.usable && pieces % p->team.usable)
+        tile = (n < TILE ? n + 1 : TILE) / 2;   /* few pieces of attention would not come out even */
     memcpy(p->rows, rows, (size_t)n * sizeof *rows);
     for (int r = 0; r < n; r++) {
         if (rows[r].wanted)
             p->wanted_rows[p->wanted++] = r;
         p->observed |= rows[r].session->observer != NULL;
-        if (r == 0 || rows[r].session != rows[r - 1].session || r - p->tiles[p->n_tiles - 1].first == TILE)
+        if (r == 0 || rows[r].session != rows[r - 1].session || r - p->tiles[p->n_tiles - 1].first == tile)
             p->tiles[p->n_tiles++].first = r;
         p->tiles[p->n_tiles - 1].end = r + 1;
     }
@@ -2685,6 +2705,7 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
 }
 
 static int rewind_to(run_session *s, int position, run_error *error);
+static void forget_behind(run_session *s, int position);
 
 /* run_eval, with the logits of the last `wanted` <= LOGIT_ROWS tokens. */
 static int eval(run_session *s, const int *ids, int n, int wanted, run_error *error)
@@ -2713,6 +2734,8 @@ static int eval(run_session *s, const int *ids, int n, int wanted, run_error *er
         done += chunk;
     }
     s->wanted = wanted;
+    s->first_row = s->ahead = 0;
+    s->row = wanted - 1;
     return 0;
 }
 
@@ -2732,6 +2755,7 @@ void run_observe(run_session *s, run_observer observer, void *context)
 static int rewind_to(run_session *s, int position, run_error *error)
 {
     s->wanted = 0;
+    forget_behind(s, position);
     for (int i = 0; i < s->model->config.layers; i++) {
         int window = s->model->layers[i].window, first = position >= window ? position - window + 1 : 0;
         int oldest = (s->written - 1) / BLOCK - s->slots[i] + 1;    /* block that is still there */
@@ -2903,8 +2927,357 @@ int run_sample(run_session *s, const run_sampling *sampling, run_error *error)
 
 /* == DRAFTING ================================================================================
 
-   The loop of generation. Nothing drafts yet: each pass is one token. What advances here advances
-   by emitted tokens only: the timeline, the text, the search for stop strings.               */
+   The loop of generation, and what makes it fast. A pass over several tokens costs little more
+   than a pass over one, so it pays to guess: the token just drawn and some proposals for what
+   comes next go through one pass in a line, and then each row's logits are sampled as they would
+   have been anyway. A proposal stands if it is the token that was drawn; the first that is not,
+   and all behind it, are forgotten. So the text is the same with every drafter and with none.
+
+   [D1] What advances, advances by drawn tokens only: the timeline, the text, the search for stop
+   strings, the table of lookup. Proposals lie beyond the timeline's end until they are drawn.
+   [D2] Decisions depend on time; what is drawn depends on the timeline alone.                  */
+
+/* -- lookup: what followed when the same words were there before --
+
+   A suffix automaton (Blumer et al. 1985) of the timeline, as in SAM-Decoding (Hu et al. 2024). A
+   state stands for strings that occur at the same places; its length is that of the longest. States
+   1 .. n are the prefixes of the text: their length is their number, and the edge from state i to
+   i + 1 is the text itself. Only other edges are stored, at most 2 a token. A cursor is the longest
+   end of a text that occurs here; with one edge after another it follows what is added.
+
+   52 bytes for each token of room, whatever the text. */
+
+struct edge { int token, to, next; };   /* next: the same state's next edge, or 0 */
+
+struct lookup {
+    const int *tokens;
+    int n, room;
+    int *link;                          /* [2 room + 1] the state of the longest end that also occurs elsewhere */
+    int *after;                         /* [2 room + 1] where the token stands that followed last time */
+    int *first;                         /* [2 room + 1] edge, or 0 */
+    int *clone_length;                  /* [room] of states beyond `room` */
+    struct edge *edges;                 /* [2 room + 1] from 1 on */
+    int n_clones, n_edges;
+};
+
+struct cursor { int state, length; };
+
+static void lookup_close(struct lookup *l)
+{
+    free(l->link);
+    free(l->after);
+    free(l->first);
+    free(l->clone_length);
+    free(l->edges);
+    memset(l, 0, sizeof *l);
+}
+
+static void lookup_clear(struct lookup *l)
+{
+    l->n = l->n_clones = l->n_edges = 0;
+    l->link[0] = -1;
+    l->first[0] = 0;
+}
+
+/* For up to `room` tokens, which the caller keeps. Memory becomes real as it is used. */
+static int lookup_open(struct lookup *l, const int *tokens, int room)
+{
+    size_t n = (size_t)room;
+    *l = (struct lookup){ .tokens = tokens, .room = room };
+    l->link = calloc(2 * n + 1, sizeof *l->link);
+    l->after = calloc(2 * n + 1, sizeof *l->after);
+    l->first = calloc(2 * n + 1, sizeof *l->first);
+    l->clone_length = calloc(n, sizeof *l->clone_length);
+    l->edges = calloc(2 * n + 1, sizeof *l->edges);
+    if (!l->link || !l->after || !l->first || !l->clone_length || !l->edges) {
+        lookup_close(l);
+        return -1;
+    }
+    lookup_clear(l);
+    return 0;
+}
+
+static int state_length(const struct lookup *l, int state)
+{
+    return state <= l->room ? state : l->clone_length[state - l->room - 1];
+}
+
+/* The edge of a state for a token, brought to the front of its list; 0 if there is none stored. */
+static int find_edge(struct lookup *l, int state, int token)
+{
+    for (int *at = &l->first[state], edge; (edge = *at); at = &l->edges[edge].next)
+        if (l->edges[edge].token == token) {
+            *at = l->edges[edge].next;
+            l->edges[edge].next = l->first[state];
+            return l->first[state] = edge;
+        }
+    return 0;
+}
+
+/* Where a token leads from a state, or 0. */
+static int successor(struct lookup *l, int state, int token)
+{
+    if (state < l->n && l->tokens[state] == token)
+        return state + 1;
+    return l->edges[find_edge(l, state, token)].to; /* edge 0 leads to 0 */
+}
+
+static void add_edge(struct lookup *l, int state, int token, int to)
+{
+    l->edges[++l->n_edges] = (struct edge){ token, to, l->first[state] };
+    l->first[state] = l->n_edges;
+}
+
+/* Takes in the token behind the n that are known. */
+static void lookup_add(struct lookup *l)
+{
+    int last = l->n, token = l->tokens[last], state = last + 1, p = l->link[last];
+    for (int v = last, i = 0; v > 0 && i < 32; v = l->link[v], i++)
+        l->after[v] = last;
+    l->n++;
+    l->first[state] = 0;
+    l->after[state] = state;
+    for (; p >= 0 && !successor(l, p, token); p = l->link[p])
+        add_edge(l, p, token, state);
+    if (p < 0) {
+        l->link[state] = 0;
+        return;
+    }
+    int q = successor(l, p, token);
+    if (state_length(l, q) == state_length(l, p) + 1) {
+        l->link[state] = q;
+        return;
+    }
+    int clone = l->room + ++l->n_clones; /* q's strings up to p's length + 1 have now occurred elsewhere */
+    l->clone_length[l->n_clones - 1] = state_length(l, p) + 1;
+    l->link[clone] = l->link[q];
+    l->after[clone] = l->after[q];
+    l->first[clone] = 0;
+    if (q < l->n)
+        add_edge(l, clone, l->tokens[q], q + 1);
+    for (int edge = l->first[q]; edge; edge = l->edges[edge].next)
+        add_edge(l, clone, l->edges[edge].token, l->edges[edge].to);
+    for (; p >= 0 && successor(l, p, token) == q; p = l->link[p])
+        l->edges[find_edge(l, p, token)].to = clone;
+    l->link[q] = l->link[state] = clone;
+}
+
+/* The longest end of the text itself that occurred before. */
+static struct cursor lookup_end(const struct lookup *l)
+{
+    int state = l->n ? l->link[l->n] : 0;
+    return (struct cursor){ state, state_length(l, state) };
+}
+
+static void follow(struct lookup *l, struct cursor *c, int token)
+{
+    int to;
+    while (!(to = successor(l, c->state, token)) && c->state) {
+        c->state = l->link[c->state];
+        c->length = state_length(l, c->state);
+    }
+    *c = (struct cursor){ to, to ? c->length + 1 : 0 };
+}
+
+/* The token that followed last time, or -1. */
+static int followed(const struct lookup *l, struct cursor c)
+{
+    return c.length && l->after[c.state] < l->n ? l->tokens[l->after[c.state]] : -1;
+}
+
+/* -- what drafting knows: how probable its proposals are, and what passes cost -- */
+
+enum { N_ROWS = LOGIT_ROWS, MATCH_BINS = 9 };
+
+struct odds { double hits, n; };        /* both fade, so that they tell of late */
+
+struct proposal {
+    int token;
+    enum run_drafter drafter;
+    struct odds *odds;
+    double p;                           /* of being drawn, if those before it are */
+};
+
+struct drafting {
+    struct lookup text, corpus;
+    struct cursor in_corpus;            /* the longest end of the text that occurs in the corpus */
+    int in_corpus_at;                   /* tokens of the timeline that it has followed */
+    int *corpus_tokens;
+    struct odds lookup_odds[2][MATCH_BINS];
+    struct proposal window[N_ROWS];
+    int proposed, drafted, judged;      /* of the window; judged: compared with what was drawn */
+    double time[N_ROWS + 1];            /* of a pass over so many rows, in seconds */
+    int timed[N_ROWS + 1];              /* how often measured */
+    unsigned last_timed[N_ROWS + 1], steps;
+    double drawn, seconds;              /* tokens and time of late, which give the rate */
+    uint64_t random;                    /* for tests: not 0 makes all decisions random */
+    int (*foreign)(void *context, const run_session *s, int *tokens, int most); /* for tests: proposes */
+    void *foreign_context;
+};
+
+static void drafting_close(struct drafting *d)
+{
+    if (!d)
+        return;
+    lookup_close(&d->text);
+    lookup_close(&d->corpus);
+    free(d->corpus_tokens);
+    free(d);
+}
+
+/* Chances to begin with, of lookup by length of the match. */
+static struct drafting *drafting_open(run_session *s, run_error *error)
+{
+    static const double prior[MATCH_BINS] = { 0.15, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95 };
+    struct drafting *d = calloc(1, sizeof *d);
+    if (!d || lookup_open(&d->text, s->tokens, s->context)) {
+        free(d);
+        fail(error, "out of memory for drafting");
+        return NULL;
+    }
+    for (int i = 0; i < 2 * MATCH_BINS; i++)
+        d->lookup_odds[i / MATCH_BINS][i % MATCH_BINS] = (struct odds){ 6 * prior[i % MATCH_BINS], 6 };
+    return d;
+}
+
+static int match_bin(int length)
+{
+    return length < 5 ? length - 1 : length < 7 ? 4 : length < 11 ? 5 : length < 17 ? 6 : length < 33 ? 7 : 8;
+}
+
+static void judge(struct odds *o, int hit)
+{
+    o->hits = 0.98 * o->hits + hit;
+    o->n = 0.98 * o->n + 1;
+}
+
+/* Seconds of a pass over k rows: measured, or between the nearest that were. */
+static double pass_time(const struct drafting *d, int k)
+{
+    int low = k, high = k;
+    while (low > 1 && !d->timed[low])
+        low--;
+    while (high < N_ROWS && !d->timed[high])
+        high++;
+    if (!d->timed[high])
+        return d->time[low] + 0.15 * (k - low) * d->time[1]; /* a first guess */
+    return low == high ? d->time[k] : d->time[low] + (d->time[high] - d->time[low]) * (k - low) / (high - low);
+}
+
+/* Learns from a pass. That this one was slower or faster than expected tells of the others too:
+   contexts grow, machines get busy. */
+static void note_time(struct drafting *d, int k, double time)
+{
+    double expected = d->timed[k] ? d->time[k] : time;
+    time = time > 2 * expected ? 2 * expected : time; /* held up */
+    double ratio = time / expected;
+    int n = ++d->timed[k];
+    d->time[k] = n < 3 ? time : d->time[k] + (time - d->time[k]) / 8; /* the first time is slow */
+    d->last_timed[k] = d->steps;
+    for (int i = 1; i <= N_ROWS; i++) {
+        if (i != k)
+            d->time[i] *= 1 + (ratio < 0.8 ? -0.2 : ratio > 1.25 ? 0.25 : ratio - 1) * 0.05;
+        if (i < k ? d->time[i] > d->time[k] : d->time[i] < d->time[k])
+            d->time[i] = d->time[k];    /* fewer rows never take longer */
+    }
+}
+
+/* How many of the proposals to verify: those that give the most tokens for their time, time being
+   worth what it brought of late. */
+static int choose_width(struct drafting *d, int n)
+{
+    if (d->random) {
+        d->random = d->random * 6364136223846793005u + 1442695040888963407u;
+        return (int)((d->random >> 33) % (uint64_t)(n + 1));
+    }
+    if (d->timed[1] < 2 || d->steps - d->last_timed[1] > 64)
+        return 0;                       /* what it would cost without has to be known */
+    double rate = d->seconds > 0 ? d->drawn / d->seconds : 0, alone = 1 / d->time[1];
+    rate = rate > alone ? rate : alone;
+    int best = 0;
+    double value = 1 - rate * d->time[1], reached = 1, tokens = 1;
+    for (int k = 1; k <= n; k++) {
+        reached *= d->window[k - 1].p;
+        tokens += reached;
+        if (tokens - rate * pass_time(d, k + 1) > value) {
+            value = tokens - rate * pass_time(d, k + 1);
+            best = k;
+        }
+    }
+    if (best == 0 && n > 0 && d->window[0].p > 0.3 && d->steps - d->last_timed[2] > 64)
+        best = 1;                       /* costs change: a rare try */
+    return best;
+}
+
+/* Other tokens may come at `position`. */
+static void forget_behind(run_session *s, int position)
+{
+    if (s->drafting && s->drafting->text.n > position)
+        lookup_clear(&s->drafting->text);
+}
+
+/* Proposals for what follows the timeline and the token behind it, tokens[length]. */
+static int propose(run_session *s, const run_generation *how, int most)
+{
+    struct drafting *d = s->drafting;
+    int n = s->length + 1;
+    d->steps++;
+    d->proposed = d->drafted = d->judged = 0;
+    if (d->foreign) {
+        int tokens[N_ROWS];
+        d->proposed = d->foreign(d->foreign_context, s, tokens, most);
+        for (int i = 0; i < d->proposed; i++)
+            d->window[i] = (struct proposal){ tokens[i], RUN_LOOKUP, &d->lookup_odds[0][0], 1 };
+        return d->drafted = d->random ? choose_width(d, d->proposed) : d->proposed;
+    }
+    if (how->draft != RUN_DRAFT_AUTO && how->draft != RUN_DRAFT_LOOKUP)
+        return 0;
+    if (d->text.n > n)
+        lookup_clear(&d->text);
+    while (d->text.n < n)
+        lookup_add(&d->text);
+    if (d->corpus.room) {
+        if (d->in_corpus_at > n)
+            d->in_corpus_at = n > 64 ? n - 64 : 0;
+        while (d->in_corpus_at < n)
+            follow(&d->corpus, &d->in_corpus, s->tokens[d->in_corpus_at++]);
+    }
+    struct cursor here = lookup_end(&d->text), there = d->in_corpus;
+    for (double reached = 1; d->proposed < most && reached > 0.02; d->proposed++) {
+        struct proposal *p = &d->window[d->proposed];
+        int from_corpus = d->corpus.room && there.length > here.length;
+        p->token = from_corpus ? followed(&d->corpus, there) : followed(&d->text, here);
+        if (p->token < 0)
+            break;
+        p->drafter = RUN_LOOKUP;
+        p->odds = &d->lookup_odds[from_corpus][match_bin(from_corpus ? there.length : here.length)];
+        p->p = p->odds->hits / p->odds->n;
+        reached *= p->p;
+        follow(&d->text, &here, p->token);
+        if (d->corpus.room)
+            follow(&d->corpus, &there, p->token);
+    }
+    return d->drafted = choose_width(d, d->proposed);
+}
+
+/* Compares the next proposal with the token that was drawn: what was proposed but not verified
+   teaches as well. */
+static void judge_next(struct drafting *d, int id, run_result *r)
+{
+    if (d->judged >= d->proposed)
+        return;
+    struct proposal *p = &d->window[d->judged];
+    int hit = p->token == id;
+    judge(p->odds, hit);
+    if (hit && d->judged < d->drafted) {
+        r->accepted++;
+        r->accepted_by[p->drafter]++;
+        r->accepted_at[d->judged]++;
+    }
+    d->judged = hit ? d->judged + 1 : d->proposed;
+}
+
+/* -- generating -- */
 
 /* Text on its way out. What could be the beginning of a stop string is held back. */
 struct outlet {
@@ -2961,51 +3334,175 @@ static int outlet_open(struct outlet *o, const run_session *s, const run_generat
     return 0;
 }
 
-int run_generate(run_session *s, const run_generation *how, run_result *result, run_error *error)
-{
-    const struct config *c = &s->model->config;
+struct generator {                      /* one text being generated */
+    run_session *s;
+    const run_generation *how;
     struct outlet outlet;
-    run_result r = { RUN_LENGTH, 0, 0, 0, 0 };
-    int failed = 0, stop = 0;
+    run_result r;
+    int id;                             /* drawn, but not in the timeline yet */
+    int drawn, width;                   /* since the last pass; proposals in it */
+    double time;                        /* of the last pass */
+    int stop, done, failed;
+};
+
+static int generator_open(struct generator *g, run_session *s, const run_generation *how, run_error *error)
+{
+    *g = (struct generator){ .s = s, .how = how, .r = { .stop = RUN_LENGTH } };
     if (!s->wanted)
         return fail(error, "there are no logits: evaluate a token first");
-    if (outlet_open(&outlet, s, how, error))
+    if (how->draft != RUN_DRAFT_OFF && !s->drafting && !(s->drafting = drafting_open(s, error)))
         return -1;
-    while (!stop && (!how->max_tokens || r.tokens < how->max_tokens)) {
-        if (s->length == s->context) {
-            r.stop = RUN_CONTEXT;
-            break;
-        }
-        int id = sample(s, run_logits(s), &how->sampling, error), end = 0;
-        if ((failed = id < 0))
-            break;
+    if (s->drafting)
+        s->drafting->proposed = s->drafting->drafted = 0;
+    return outlet_open(&g->outlet, s, how, error);
+}
+
+/* Draws from the rows of logits that are there: until a pass is needed, or the text ends. */
+static int draw_on(struct generator *g, run_error *error)
+{
+    run_session *s = g->s;
+    const run_generation *how = g->how;
+    const struct config *c = &s->model->config;
+    for (g->drawn = 0;;) {
+        g->done = 1;
+        if (how->max_tokens && g->r.tokens == how->max_tokens)
+            return 0;
+        if (s->length == s->context)
+            return g->r.stop = RUN_CONTEXT, 0;
+        g->id = sample(s, run_logits(s), &how->sampling, error);
+        if (g->id < 0)
+            return g->failed = -1;
         for (int i = 0; i < c->n_eos; i++)
-            end |= id == c->eos[i];
-        if (end) {
-            r.stop = RUN_EOS;
-            break;
+            if (g->id == c->eos[i])
+                return g->r.stop = RUN_EOS, 0;
+        g->r.tokens++;
+        g->drawn++;
+        if ((g->stop = emit(&g->outlet, s->model, g->id)) != 0)
+            return g->r.stop = g->stop == 2 ? RUN_CANCELLED : RUN_STOPPED, 0;
+        if (how->max_tokens && g->r.tokens == how->max_tokens)
+            return 0;
+        g->done = 0;
+        if (s->drafting && how->draft != RUN_DRAFT_OFF)
+            judge_next(s->drafting, g->id, &g->r);
+        if (!s->ahead || s->tokens[s->length] != g->id)
+            return s->ahead = 0;
+        s->length++;                    /* a proposal stands: its row is in the cache, and the next one has logits */
+        s->ahead--;
+        s->row++;
+    }
+}
+
+/* The row of the token just drawn, and of proposals behind it. */
+static int window(struct generator *g, int width, struct row *rows)
+{
+    run_session *s = g->s;
+    for (int i = 0; i <= width; i++) {
+        if (i)
+            s->tokens[s->length + i] = s->drafting->window[i - 1].token;
+        rows[i] = (struct row){ s, NULL, s->tokens[s->length + i], s->length + i, 1 };
+    }
+    s->written = s->length + width + 1 > s->written ? s->length + width + 1 : s->written;
+    return width + 1;
+}
+
+/* Counts what the last pass brought, and what passes of one token each would have taken for that. */
+static void settle(struct generator *g)
+{
+    struct drafting *d = g->s->drafting;
+    if (!g->r.passes)
+        return;
+    g->r.alone_seconds += g->width ? g->drawn * d->time[1] : g->time;
+    if (d) {
+        double expected = pass_time(d, g->width + 1);
+        d->drawn = 0.97 * d->drawn + g->drawn;
+        d->seconds = 0.97 * d->seconds + (g->time < 2 * expected ? g->time : 2 * expected);
+    }
+}
+
+/* One pass for n texts, each of which has drawn a token. Only a text that is alone is drafted for. */
+static int advance(struct generator *const *g, int n, run_error *error)
+{
+    struct row rows[LOGIT_ROWS];
+    run_session *s = g[0]->s;
+    struct drafting *d = n == 1 && g[0]->how->draft != RUN_DRAFT_OFF ? s->drafting : NULL;
+    double start = seconds(), drafted = start;
+    int width = 0, n_rows = 0;
+    for (int i = 0; i < n; i++) {
+        settle(g[i]);
+        g[i]->s->tokens[g[i]->s->length] = g[i]->id;
+    }
+    if (d) {
+        run_result *r = &g[0]->r;
+        int most = g[0]->how->draft_max > 0 && g[0]->how->draft_max < LOGIT_ROWS ? g[0]->how->draft_max : LOGIT_ROWS - 1;
+        int left = g[0]->how->max_tokens ? g[0]->how->max_tokens - r->tokens - 1 : most, room = s->context - s->length - 1;
+        most = left < most ? left : most;
+        width = propose(s, g[0]->how, room < most ? room : most);
+        r->drafted += width;
+        for (int i = 0; i < width; i++) {
+            r->drafted_at[i]++;
+            r->drafted_by[d->window[i].drafter]++;
         }
-        r.tokens++;
-        stop = emit(&outlet, s->model, id);
-        if (stop)
-            r.stop = stop == 2 ? RUN_CANCELLED : RUN_STOPPED;
-        else if (how->max_tokens && r.tokens == how->max_tokens)
-            break;
-        else if ((failed = eval(s, &id, 1, 1, error)) == 0)
-            r.passes++;
-        if (failed)
-            break;
+        drafted = seconds();
+        r->draft_seconds += drafted - start;
     }
-    s->wanted = 0;
-    if (!failed && !stop && how->callback) { /* what was held back in vain, and an unfinished character */
-        outlet.n += tokenizer_stream_end(&outlet.stream, outlet.held + outlet.n);
-        if (outlet.n)
-            how->callback(how->context, -1, outlet.held, outlet.n);
+    for (int i = 0; i < n; i++)
+        n_rows += window(g[i], width, rows + n_rows);
+    int failed = run_pass(s->pass, rows, n_rows, error);
+    if (failed && width) {              /* perhaps only a proposal brought this about */
+        n_rows = window(g[0], width = 0, rows);
+        failed = run_pass(s->pass, rows, n_rows, error);
     }
-    free(outlet.held);
+    double time = seconds() - drafted;
+    for (int i = 0, row = 0; i < n; i++, row += width + 1) {
+        s = g[i]->s;
+        if (failed) {
+            run_error second;
+            g[i]->failed = -1;
+            rewind_to(s, s->length, &second);
+            continue;
+        }
+        s->first_row = row;
+        s->row = 0;
+        s->wanted = width + 1;
+        s->length++;
+        s->ahead = width;
+        g[i]->r.passes++;
+        g[i]->r.verify_seconds += time;
+        g[i]->width = width;
+        g[i]->time = time;
+    }
+    if (d && !failed)
+        note_time(d, width + 1, time);
+    return failed;
+}
+
+static void generator_close(struct generator *g)
+{
+    run_session *s = g->s;
+    struct outlet *o = &g->outlet;
+    settle(g);
+    s->wanted = s->ahead = 0;
+    if (!g->failed && !g->stop && g->how->callback) { /* what was held back in vain, and an unfinished character */
+        o->n += tokenizer_stream_end(&o->stream, o->held + o->n);
+        if (o->n)
+            g->how->callback(g->how->context, -1, o->held, o->n);
+    }
+    free(o->held);
+}
+
+int run_generate(run_session *s, const run_generation *how, run_result *result, run_error *error)
+{
+    struct generator g, *one = &g;
+    double start = seconds();
+    if (generator_open(&g, s, how, error))
+        return -1;
+    while (draw_on(&g, error) == 0 && !g.done && advance(&one, 1, error) == 0)
+        ;
+    generator_close(&g);
+    g.r.seconds = seconds() - start;
     if (result)
-        *result = r;
-    return failed ? -1 : 0;
+        *result = g.r;
+    return g.failed;
 }
 
 /* == PACKING =================================================================================
@@ -4779,8 +5276,10 @@ static const char usage_text[] =
     "  -c N                  context size in tokens (what the model was trained for, memory permitting)\n"
     "  -j N                  threads (physical cores this process may use)\n"
     "  --kv f16|f32          type of the key/value cache (f16)\n"
-    "  --draft auto|off      speculative drafting (auto; nothing drafts yet, so both are the same)\n"
-    "  --draft-max N         tokens to draft at most (8)\n"
+    "  --draft WHAT          auto: guess what comes next and check guesses together, if that saves time (default);\n"
+    "                        off; lookup: only from what the text repeats. The text is the same with each\n"
+    "  --draft-max N         tokens to guess at most (15)\n"
+    "  --draft-corpus FILE   a text to guess from, besides prompt and answer\n"
     "\n"
     "output\n"
     "  --json                one JSON object on standard output\n"
@@ -4803,7 +5302,7 @@ enum { MAX_STOPS = 64 };
 enum mode { GENERATE, CHAT, PERPLEXITY, TOKENIZE, INFO, BENCH, QUANTIZE };      /* as in mode_names */
 
 struct options {
-    const char *model, *prompt, *prompt_file, *system, *output, *seed, *stops[MAX_STOPS];
+    const char *model, *prompt, *prompt_file, *system, *output, *seed, *corpus, *stops[MAX_STOPS];
     int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max, compare;
     float bits;
     run_sampling sampling;
@@ -4831,7 +5330,7 @@ static int failure(const run_error *error)
 
 static const char *const mode_names[] = { "generate", "chat", "perplexity", "tokenize", "info", "bench", "quantize", NULL };
 static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q6", "q8", NULL };
-static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", NULL };
+static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", "lookup", NULL };
 static const char *const compare_names[] = { "nothing", "context", "isa", "threads", NULL };
 enum { BY_CONTEXT = 1, BY_ISA, BY_THREADS };
 
@@ -4861,7 +5360,8 @@ static const struct option {
     { "-j", WHOLE, PLACE(threads), 1, 1024, NULL },
     { "--kv", WORD, PLACE(kv_f32), 0, 0, cache_names },
     { "--draft", WORD, PLACE(draft), 0, 0, draft_names },
-    { "--draft-max", WHOLE, PLACE(draft_max), 0, 64, NULL },
+    { "--draft-max", WHOLE, PLACE(draft_max), 1, RUN_DRAFT_MOST, NULL },
+    { "--draft-corpus", TEXT, PLACE(corpus), 0, 0, NULL },
     { "--compare", WORD, PLACE(compare), 0, 0, compare_names },
     { "--json", FLAG, PLACE(json), 0, 0, NULL },
     { "--logprobs", WHOLE, PLACE(logprobs), 0, INT_MAX, NULL },
@@ -4908,7 +5408,7 @@ static void set_option(struct options *o, const struct option *option, const cha
 
 static struct options parse_options(int n, char **words)
 {
-    struct options o = { .mode = -1, .tokens = -1, .logprobs = -1, .draft_max = 8 };
+    struct options o = { .mode = -1, .tokens = -1, .logprobs = -1, .draft_max = RUN_DRAFT_MOST };
     o.sampling = (run_sampling){ .temperature = 0.8f, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1, .top_k = 40 };
     for (int i = 1; i < n; i++) {
         if (!strcmp(words[i], "-h") || !strcmp(words[i], "--help")) {
@@ -5295,8 +5795,9 @@ static int read_in(run_session *s, const int *ids, int n, run_error *error)
 static int answer(struct output *o, const int *ids, int n, int max_tokens, run_result *result, run_error *error)
 {
     run_session *s = o->session;
-    run_generation how = { o->options->sampling, max_tokens, o->options->stops, o->options->n_stops,
-                           o->options->special, collect, o };
+    run_generation how = { .sampling = o->options->sampling, .max_tokens = max_tokens, .stops = o->options->stops,
+                           .n_stops = o->options->n_stops, .show_special = o->options->special, .callback = collect,
+                           .context = o, .draft = (enum run_draft)o->options->draft, .draft_max = o->options->draft_max };
     int common = 0;
     while (common < n - 1 && common < s->length && s->tokens[common] == ids[common])
         common++;
@@ -5318,10 +5819,19 @@ static int answer(struct output *o, const int *ids, int n, int max_tokens, run_r
 
 static double rate(int n, double time) { return n > 0 && time > 0 ? n / time : 0; }
 
+/* Of the speed: how much drafting added, by the estimate of what passes of one token each would take. */
+static double net_gain(const run_result *r)
+{
+    return r->drafted && r->seconds > 0 ? (r->alone_seconds - r->draft_seconds - r->verify_seconds) / r->seconds : 0;
+}
+
 static void print_statistics(const struct output *o, const run_result *r)
 {
     fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s", o->prompt_tokens,
             rate(o->prompt_tokens, o->prompt_seconds), r->tokens, rate(r->tokens, o->seconds));
+    if (r->drafted)
+        fprintf(stderr, "; drafted: %d of %d guesses right, %.2f tokens a pass, %+.0f %% speed", r->accepted, r->drafted,
+                rate(r->tokens, r->passes), 100 * net_gain(r));
     if (o->options && o->options->sampling.temperature > 0)
         fprintf(stderr, "; seed %llu", (unsigned long long)o->options->sampling.seed);
     fprintf(stderr, "\n");
@@ -5345,6 +5855,24 @@ static void print_ids(struct text *t, const int *ids, int n)
     text_print(t, "]");
 }
 
+/* More members of the object "stats". */
+static void print_drafting(struct text *t, const run_result *r)
+{
+    static const char *const names[RUN_DRAFTERS] = { "lookup" };
+    int deepest = RUN_DRAFT_MOST;
+    text_print(t, ",\"tokens_per_pass\":%.4g,\"draft_s\":%.6g,\"verify_s\":%.6g,\"tok_s_without\":%.6g,\"drafters\":{",
+               rate(r->tokens, r->passes), r->draft_seconds, r->verify_seconds, rate(r->tokens, r->seconds * (1 + net_gain(r))));
+    for (int i = 0, n = 0; i < RUN_DRAFTERS; i++)
+        if (r->drafted_by[i])
+            text_print(t, "%s\"%s\":[%d,%d]", n++ ? "," : "", names[i], r->accepted_by[i], r->drafted_by[i]);
+    text_print(t, "},\"by_position\":[");
+    while (deepest > 0 && !r->drafted_at[deepest - 1])
+        deepest--;
+    for (int i = 0; i < deepest; i++)
+        text_print(t, "%s[%d,%d]", i ? "," : "", r->accepted_at[i], r->drafted_at[i]);
+    text_print(t, "]");
+}
+
 static int print_result(const struct output *o, const int *ids, int n, const run_result *r, run_error *error)
 {
     static const char *const stops[] = { "length", "eos", "stop", "context", "cancelled" };
@@ -5356,8 +5884,11 @@ static int print_result(const struct output *o, const int *ids, int n, const run
     text_print(&t, ",\"text\":");
     text_json(&t, o->text.data ? o->text.data : "", o->text.n);
     text_print(&t, ",\"stop\":\"%s\",\"stats\":{\"prompt_tok_s\":%.6g,\"decode_tok_s\":%.6g,\"passes\":%d,\"drafted\":%d,"
-               "\"accepted\":%d,\"net_gain\":0}", stops[r->stop], rate(o->prompt_tokens, o->prompt_seconds),
-               rate(r->tokens, o->seconds), r->passes, r->drafted, r->accepted);
+               "\"accepted\":%d,\"net_gain\":%.4g", stops[r->stop], rate(o->prompt_tokens, o->prompt_seconds),
+               rate(r->tokens, o->seconds), r->passes, r->drafted, r->accepted, net_gain(r));
+    if (r->drafted)
+        print_drafting(&t, r);
+    text_print(&t, "}");
     if (o->options->logprobs >= 0) {
         text_print(&t, ",\"logprobs\":[");
         text_add(&t, o->logprobs.data ? o->logprobs.data : "", o->logprobs.n);

@@ -7,6 +7,9 @@
    engine same MODEL                  the same, and threads and chunks compared
    engine rewinds MODEL SEED POISON   sessions that evaluate, rewind, fork, fail and generate,
                                       compared with fresh ones
+   engine drafts MODEL SEED TRIALS    generations with drafters that are right, wrong or random, compared with none
+   engine lookups - TRIALS            lookup against a plain search
+   engine frequencies MODEL N PERCENT tokens that N seeds draw at that temperature, against their probabilities
    engine rows MODEL SEED             rows of several sessions in one pass, compared with each alone
    engine logits MODEL F32            float32 logits of the int32 ids on standard input
    engine sample MODEL                draws from given logits (requests on standard input)
@@ -297,6 +300,305 @@ static int rewinds(const char *path, int seed, int poison)
         run_session_close(all[i].s);
     run_close(m);
     printf("same after rewinds, forks, failures, generations\n");
+    return 0;
+}
+
+/* -- drafting: the same text, and the same cache, with every drafter -- */
+
+struct told {
+    int ids[LONG], n;
+    uint64_t logits;          /* a hash of what every token was drawn from */
+    struct text text;
+    run_session *s;
+};
+
+static int note_token(void *context, int id, const char *text, size_t length)
+{
+    struct told *t = context;
+    text_add(&t->text, text, length);
+    if (id >= 0) {
+        t->ids[t->n++] = id;
+        t->logits = t->logits * 31 + hash_bytes(run_logits(t->s), (size_t)t->s->model->config.vocab * sizeof(float));
+    }
+    return 0;
+}
+
+struct guesser {
+    enum { ORACLE, ADVERSARY, HALF_RIGHT, NONSENSE } kind;
+    const struct told *truth;
+    const struct told *sofar;
+};
+
+/* Knows what will be drawn, and says so, or something else. */
+static int guess(void *context, const run_session *s, int *tokens, int most)
+{
+    const struct guesser *g = context;
+    int at = g->sofar->n, vocab = s->model->config.vocab;
+    int n = g->kind == ORACLE ? most : most ? dice(most + 1) : 0, right = g->kind == HALF_RIGHT && n ? dice(n) : 0;
+    for (int i = 0; i < n; i++) {
+        int truth = at + i < g->truth->n ? g->truth->ids[at + i] : -1;
+        if (g->kind == ORACLE && truth < 0)
+            return i;
+        tokens[i] = g->kind == NONSENSE ? dice(vocab) : truth < 0 ? dice(vocab)
+                  : g->kind == ORACLE || i < right ? truth : (truth + 1 + dice(vocab - 1)) % vocab;
+    }
+    return n;
+}
+
+static void check_cache(const run_session *a, const run_session *b, const char *how)
+{
+    int hd = a->model->config.hd;
+    size_t size = a->cache_f32 ? 4 : 2;
+    for (int layer = 0; layer < a->model->config.layers; layer++)
+        for (int head = 0; head < a->model->config.kv && !a->model->layers[layer].window; head++)
+            for (int i = 0; i < a->length; i++)
+                for (int d = 0; d < hd; d++) {
+                    const unsigned char *x = keys_of(a, layer, head, i / BLOCK), *y = keys_of(b, layer, head, i / BLOCK);
+                    size_t k = (size_t)key_at(i % BLOCK, d, hd) * size, v = ((size_t)(BLOCK * hd) + value_at(i % BLOCK, d, hd)) * size;
+                    if (memcmp(x + k, y + k, size) || memcmp(x + v, y + v, size))
+                        die("%s: the cache differs in layer %d at position %d", how, layer, i);
+                }
+}
+
+static int drafts(const char *path, int seed, int trials)
+{
+    run_model *m = open_model(path);
+    static const char *const stops[] = { "e", " the", "and " };
+    int vocab = m->config.vocab, drafted = 0, accepted = 0, windows = 0;
+    dice_state = (uint64_t)seed;
+    for (int trial = 0; trial < trials; trial++) {
+        int ids[LONG], n = 1 + dice(90), context = dice(3) ? LONG : n + 1 + dice(30), period = 1 + dice(12);
+        for (int i = 0; i < n; i++)
+            ids[i] = i >= period && dice(8) ? ids[i - period] : dice(vocab);
+        run_generation how = { .max_tokens = dice(4) ? 1 + dice(60) : 0, .draft = RUN_DRAFT_OFF, .callback = note_token,
+                               .stops = stops, .n_stops = m->tokenizer && dice(2) ? 1 + dice(3) : 0, .draft_max = dice(16) };
+        how.sampling = (run_sampling){ .temperature = (float)dice(4) * 0.4f, .top_p = dice(2) ? 0.9f : 1, .top_k = dice(2) * 20,
+                                       .repeat_penalty = dice(3) ? 1 : 1.3f, .seed = (uint64_t)dice(1000), .min_p = dice(2) ? 0.05f : 0 };
+        struct told truth = { .s = open_session(m, context, 1, trial & 1) };
+        run_result right, r;
+        how.context = &truth;
+        if (run_eval(truth.s, ids, n, &problem) || run_generate(truth.s, &how, &right, &problem))
+            die("engine: %s", problem.text);
+        for (int kind = 0; kind < 7; kind++) {
+            static const char *const names[] = { "an oracle", "an adversary", "half right", "nonsense", "auto", "auto at random", "lookup at random" };
+            struct told t = { .s = open_session(m, context, 1 + kind % 2, trial & 1) };
+            struct guesser g = { kind < 4 ? (int)kind : 0, &truth, &t };
+            how.context = &t;
+            how.draft = kind == 6 ? RUN_DRAFT_LOOKUP : RUN_DRAFT_AUTO;
+            t.s->drafting = need(drafting_open(t.s, &problem));
+            t.s->drafting->random = kind > 4 ? (uint64_t)trial * 77 + 1 : 0;
+            t.s->drafting->foreign = kind < 4 ? guess : NULL;
+            t.s->drafting->foreign_context = &g;
+            if (run_eval(t.s, ids, n, &problem) || run_generate(t.s, &how, &r, &problem))
+                die("engine: %s", problem.text);
+            if (t.n != truth.n || memcmp(t.ids, truth.ids, (size_t)t.n * sizeof *t.ids))
+                die("trial %d, %s: other tokens than without drafting", trial, names[kind]);
+            if (t.text.n != truth.text.n || (t.text.n && memcmp(t.text.data, truth.text.data, t.text.n)))
+                die("trial %d, %s: another text", trial, names[kind]);
+            if (t.logits != truth.logits || r.stop != right.stop || r.tokens != right.tokens)
+                die("trial %d, %s: other logits, or another end", trial, names[kind]);
+            if (run_position(t.s) != run_position(truth.s))
+                die("trial %d, %s: at position %d, not %d", trial, names[kind], run_position(t.s), run_position(truth.s));
+            check_cache(t.s, truth.s, names[kind]);
+            int by_place = 0, by_drafter = 0;
+            for (int i = 0; i < RUN_DRAFT_MOST; i++)
+                by_place += r.accepted_at[i];
+            for (int i = 0; i < RUN_DRAFTERS; i++)
+                by_drafter += r.accepted_by[i];
+            if (by_place != r.accepted || by_drafter != r.accepted || r.accepted > r.drafted ||
+                r.passes + r.accepted < r.tokens - 1 || r.passes + r.accepted > r.tokens)
+                die("trial %d, %s: %d passes, %d of %d accepted, %d tokens", trial, names[kind], r.passes, r.accepted, r.drafted, r.tokens);
+            if ((kind == ADVERSARY && r.accepted) || (kind == ORACLE && r.tokens > 1 &&
+                r.passes > (r.tokens - 1 + (how.draft_max ? how.draft_max : RUN_DRAFT_MOST)) / (1 + (how.draft_max ? how.draft_max : RUN_DRAFT_MOST)) + 1))
+                die("trial %d, %s: %d tokens in %d passes", trial, names[kind], r.tokens, r.passes);
+            drafted += r.drafted;
+            accepted += r.accepted;
+            windows += r.passes;
+
+            /* something else behind a part of it, as in a conversation: lookup must not remember what is gone */
+            int back = dice(run_position(t.s) + 1), more = 1 + dice(10), room = context - back;
+            struct told again = { .s = t.s }, plain = { .s = open_session(m, context, 1, trial & 1) };
+            if (more < room && back) {
+                int past[LONG];
+                memcpy(past, t.s->tokens, (size_t)back * sizeof *past);
+                how.context = &again;
+                t.s->drafting->foreign = NULL;
+                if (run_rewind(t.s, back, &problem) || run_eval(t.s, ids, more < n ? more : n, &problem) ||
+                    run_generate(t.s, &how, NULL, &problem))
+                    die("engine: %s", problem.text);
+                how.context = &plain;
+                how.draft = RUN_DRAFT_OFF;
+                if (run_eval(plain.s, past, back, &problem) || run_eval(plain.s, ids, more < n ? more : n, &problem) ||
+                    run_generate(plain.s, &how, NULL, &problem))
+                    die("engine: %s", problem.text);
+                if (plain.n != again.n || memcmp(plain.ids, again.ids, (size_t)plain.n * sizeof *plain.ids) || plain.logits != again.logits)
+                    die("trial %d, %s: another text after a rewind", trial, names[kind]);
+                const struct lookup *l = &t.s->drafting->text;
+                if (l->n > run_position(t.s) || l->n_clones > l->room || l->n_edges > 2 * l->room)
+                    die("lookup holds %d tokens of %d", l->n, run_position(t.s));
+            }
+            free(again.text.data);
+            free(plain.text.data);
+            free(t.text.data);
+            run_session_close(plain.s);
+            run_session_close(t.s);
+        }
+        free(truth.text.data);
+        run_session_close(truth.s);
+    }
+    run_close(m);
+    printf("same text with every drafter: %d of %d accepted in %d passes\n", accepted, drafted, windows);
+    return 0;
+}
+
+/* The longest earlier occurrence of a text's end, and of its end with other tokens added, against a plain search. */
+static int lookups(int trials)
+{
+    for (int trial = 0; trial < trials; trial++) {
+        struct lookup l;
+        int text[300], n = 1 + dice(250), letters = 1 + dice(trial % 3 ? 4 : 60);
+        if (lookup_open(&l, text, n))
+            die("out of memory");
+        for (int i = 0; i < n; i++) {
+            text[i] = i > 20 && dice(3) ? text[i - 1 - dice(20)] : dice(letters);
+            lookup_add(&l);
+            struct cursor c = lookup_end(&l);
+            int longest = 0, added[310], k = i + 1, expected = -1;
+            for (int end = 0; end < i; end++) {
+                int length = 0;
+                while (length <= end && text[end - length] == text[i - length])
+                    length++;
+                if (length >= longest && length)
+                    longest = length, expected = text[end + 1];
+            }
+            if (c.length != longest || (i < 32 && followed(&l, c) != expected))
+                die("trial %d: after %d tokens a match of %d, not %d", trial, i + 1, c.length, longest);
+            memcpy(added, text, (size_t)k * sizeof *text);
+            for (int j = 0; j < 6; j++) {
+                int before = c.length, next = dice(3) && followed(&l, c) >= 0 ? followed(&l, c) : dice(letters);
+                added[k++] = next;
+                follow(&l, &c, next);
+                if (c.length > before + 1)
+                    die("trial %d: a match that grew by more than was added", trial);
+                int found = c.length == 0;
+                for (int end = c.length - 1; end <= i && !found && c.length; end++)
+                    found = !memcmp(text + end - c.length + 1, added + k - c.length, (size_t)c.length * sizeof *text);
+                if (!found)
+                    die("trial %d: a match of %d that is not in the text", trial, c.length);
+            }
+        }
+        if (l.n_clones > n || l.n_edges > 2 * n)
+            die("trial %d: %d clones and %d edges for %d tokens", trial, l.n_clones, l.n_edges, n);
+        lookup_close(&l);
+    }
+    printf("lookup finds what a plain search finds\n");
+    return 0;
+}
+
+/* How often the first three tokens come, over many seeds, against their exact probabilities, where the
+   first is always guessed to be the best and the others are guessed at random. Chi-square: its mean is the number of
+   free cells, its standard deviation the square root of twice that. */
+struct three { const run_session *s; int ids[3], n; };
+
+static int keep_three(void *context, int id, const char *text, size_t length)
+{
+    struct three *t = context;
+    (void)text, (void)length;
+    if (id >= 0)
+        t->ids[t->n++] = id;
+    return 0;
+}
+
+static int best_first(void *context, const run_session *s, int *tokens, int most)
+{
+    const struct three *t = context;
+    int vocab = s->model->config.vocab;
+    for (int i = 0; i < most; i++)
+        tokens[i] = dice(2) ? t->ids[2] : dice(vocab);
+    return most;
+}
+
+static void probabilities(run_session *s, float temperature, double *p)
+{
+    const float *logits = run_logits(s);
+    int vocab = s->model->config.vocab, best = 0;
+    double sum = 0;
+    for (int i = 0; i < vocab; i++)
+        best = logits[i] > logits[best] ? i : best;
+    for (int i = 0; i < vocab; i++)
+        sum += p[i] = exp(((double)logits[i] - (double)logits[best]) / (double)temperature);
+    for (int i = 0; i < vocab; i++)
+        p[i] /= sum;
+}
+
+static double chi_square(const int *counts, const double *p, int n, int total, int *cells)
+{
+    double chi = 0, rest_p = 0, rest = 0;
+    *cells = -1;
+    for (int i = 0; i < n; i++) {
+        double expected = p[i] * total;
+        if (expected < 5) {
+            rest_p += expected;
+            rest += counts[i];
+            continue;
+        }
+        chi += (counts[i] - expected) * (counts[i] - expected) / expected;
+        ++*cells;
+    }
+    if (rest_p >= 5) {
+        chi += (rest - rest_p) * (rest - rest_p) / rest_p;
+        ++*cells;
+    }
+    return chi;
+}
+
+static int frequencies(const char *path, int seeds, int percent)
+{
+    run_model *m = open_model(path);
+    int vocab = m->config.vocab, ids[] = { 1, 5, 9 }, total = 0, cells[2];
+    float temperature = (float)percent / 100;
+    double *p = need(calloc((size_t)vocab, sizeof *p)), *q = need(calloc((size_t)vocab, sizeof *q));
+    int *counts = need(calloc(2 * (size_t)vocab, sizeof *counts));
+    run_session *s = open_session(m, 16, 1, 0);
+    struct three t = { .s = s };
+    s->drafting = need(drafting_open(s, &problem));
+    s->drafting->foreign = best_first;
+    s->drafting->foreign_context = &t;
+    if (run_eval(s, ids, 3, &problem))
+        die("engine: %s", problem.text);
+    probabilities(s, temperature, p);
+    int first = best_of(run_logits(s), vocab);
+    if (run_eval(s, &first, 1, &problem))
+        die("engine: %s", problem.text);
+    probabilities(s, temperature, q);   /* of the second token, if the first is the best one */
+    t.ids[2] = best_of(run_logits(s), vocab);
+    for (int seed = 0; seed < seeds; seed++) {
+        run_generation how = { .max_tokens = 3, .callback = keep_three, .context = &t,
+                               .sampling = { .temperature = temperature, .top_p = 1, .repeat_penalty = 1, .seed = (uint64_t)seed } };
+        int guess = t.ids[2];
+        t.n = 0;
+        if (run_rewind(s, 2, &problem) || run_eval(s, ids + 2, 1, &problem) || run_generate(s, &how, NULL, &problem))
+            die("engine: %s", problem.text);
+        if (t.n < 2 && m->config.n_eos)
+            t.ids[t.n] = m->config.eos[0];  /* the end is not handed on */
+        counts[t.ids[0]]++;
+        if (t.n && t.ids[0] == first) {
+            counts[vocab + t.ids[1]]++;
+            total++;
+        }
+        t.ids[2] = guess;
+    }
+    double a = chi_square(counts, p, vocab, seeds, &cells[0]), b = chi_square(counts + vocab, q, vocab, total, &cells[1]);
+    printf("first %.1f of %d cells, second %.1f of %d cells in %d\n", a, cells[0], b, cells[1], total);
+    if (total < seeds / 20 || cells[0] < 5 || cells[1] < 5)
+        die("too few to tell");
+    if (a > cells[0] + 6 * sqrt(2.0 * cells[0]) || b > cells[1] + 6 * sqrt(2.0 * cells[1]))
+        die("not the frequencies that the probabilities say");
+    free(p);
+    free(q);
+    free(counts);
+    run_session_close(s);
+    run_close(m);
     return 0;
 }
 
@@ -897,6 +1199,12 @@ int main(int n, char **words)
         return same(path, 0);
     if (!strcmp(command, "rewinds"))
         return rewinds(path, numbers[0], numbers[1]);
+    if (!strcmp(command, "drafts"))
+        return drafts(path, numbers[0], numbers[1]);
+    if (!strcmp(command, "lookups"))
+        return lookups(numbers[0]);
+    if (!strcmp(command, "frequencies"))
+        return frequencies(path, numbers[0], numbers[1]);
     if (!strcmp(command, "rows"))
         return mixed_rows(path, numbers[0]);
     if (!strcmp(command, "logits"))

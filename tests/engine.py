@@ -48,6 +48,18 @@ MISTAKES = [
      "if (mutant == M) o->held = realloc(o->held, o->room);\n    int stop = find_stop(o, &ready);"),
     ("trusted users", "add_span(r, m->text, m->length, c->trusted && m->role == USER);",
      "add_span(r, m->text, m->length, mutant == M);"),
+    ("proposals that stand although another token was drawn", "if (!s->ahead || s->tokens[s->length] != g->id)",
+     "if (mutant == M && s->ahead && g->id % 2) { s->tokens[s->length] = g->id; }\n"
+     "        if (!s->ahead || s->tokens[s->length] != g->id)"),
+    ("lossy acceptance", "return g->failed = -1;",
+     "return g->failed = -1;\n"
+     "        g->id = mutant == M && s->ahead && g->id % 8 == 3 ? s->tokens[s->length] : g->id;"),
+    ("rows behind the end of what was drawn", "return s->ahead = 0;",
+     "{ s->length += mutant == M && s->ahead > 1; return s->ahead = 0; }"),
+    ("lookup that remembers what is gone", "if (s->drafting && s->drafting->text.n > position)",
+     "if (mutant != M && s->drafting && s->drafting->text.n > position)"),
+    ("matches other than the longest", "if (state_length(l, q) == state_length(l, p) + 1) {",
+     "if (mutant == M || state_length(l, q) == state_length(l, p) + 1) {"),
     ("a temperature that multiplies", "sharpness = 1.0f / how->temperature;",
      "sharpness = mutant == M ? how->temperature : 1.0f / how->temperature;"),
 ]

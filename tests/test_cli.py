@@ -53,7 +53,7 @@ class Generate(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.full = generated("-i", PROMPT, "-t", "0", "-n", "120")
+        cls.full = generated("-i", PROMPT, "-t", "0", "-n", "120", "--draft", "off")
 
     def test_json(self):
         out = self.full
@@ -68,7 +68,7 @@ class Generate(unittest.TestCase):
         self.assertGreater(out["stats"]["decode_tok_s"], 0)
 
     def test_text_and_statistics_go_their_ways(self):
-        p = run([STORIES, "-i", PROMPT, "-n", "120"] + GREEDY)
+        p = run([STORIES, "-i", PROMPT, "-n", "120", "--draft", "off"] + GREEDY)
         self.assertEqual(p.stdout.decode(), PROMPT + self.full["text"] + "\n")
         self.assertRegex(p.stderr.decode(),
                          r"^prompt: \d+ tokens, [\d.]+ tok/s; generated: 120 tokens, [\d.]+ tok/s\n$")

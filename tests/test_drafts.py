@@ -1,0 +1,68 @@
+"""Drafting changes speed and nothing else: the same tokens, text, logits and cache with every drafter.
+
+engine.c compares generations without drafting with others whose drafters know the answer, avoid it, are half
+right or talk nonsense, and with the real ones, also when all decisions of their controller are random. Deliberate
+mistakes must be noticed.
+"""
+import json
+import re
+import unittest
+
+from common import STORIES, ok
+from engine import engine, mistake, quantized, small_model, works
+
+
+class Same(unittest.TestCase):
+
+    def drafts(self, model, seed, trials):
+        out = works(["drafts", model, seed, trials]).decode()
+        accepted, drafted, passes = map(int, re.search(r"(\d+) of (\d+) accepted in (\d+) passes", out).groups())
+        self.assertGreater(min(accepted, drafted - accepted, passes), 100, out)
+
+    def test_text_logits_cache(self):
+        self.drafts(STORIES, 1, 12)
+        for seed, model in enumerate([small_model(m) for m in ("mistral", "qwen2_window", "llama3", "qwen3", "llama_odd")] +
+                                     [quantized(small_model("llama_odd"), "q4a"), quantized(small_model("mistral"), "q8")]):
+            self.drafts(model, seed, 20)
+
+    def test_lookup_finds_the_longest_match(self):
+        works(["lookups", "-", 400])
+
+    def test_frequencies(self):
+        for model, percent in ((STORIES, 100), (small_model("mistral"), 40)):
+            works(["frequencies", model, 20000, percent])
+
+    def test_mistakes_are_noticed(self):
+        drafts, frequencies = ["drafts", small_model("mistral"), 1, 12], ["frequencies", small_model("mistral"), 20000, 40]
+        for word, args in (("stand although", drafts), ("lossy", frequencies), ("behind the end", drafts),
+                           ("remembers", drafts), ("other than the longest", ["lookups", "-", 100])):
+            p = engine(args, "mistakes", env={"MUTANT": mistake(word)})
+            self.assertNotEqual(p.returncode, 0, (word, args, p.stdout))
+        for args in (drafts, frequencies):
+            p = engine(args, "mistakes", env={"MUTANT": "0"})
+            self.assertEqual(p.returncode, 0, (args, p.stderr))
+
+
+class Program(unittest.TestCase):
+
+    PROMPT = "Lily said: one two three four five six seven. Tom said: one two three four"
+
+    def test_the_same_text(self):
+        for args in (["-t", "0"], ["-t", "1", "-s", "5"], ["-t", "0.7", "-s", "6", "--repeat-penalty", "1.1"],
+                     ["-t", "0", "--stop", "and"], ["-t", "0", "-c", "64", "-n", "0"]):
+            texts = {ok([STORIES, "-i", self.PROMPT, "-n", "200"] + args + ["--draft", d] + more)
+                     for d in ("off", "auto", "lookup") for more in ([], ["--draft-max", "1"], ["-j", "2"])}
+            self.assertEqual(len(texts), 1, args)
+
+    def test_statistics(self):
+        out = json.loads(ok([STORIES, "-i", self.PROMPT, "-n", "250", "-t", "0", "--json", "--draft", "lookup"]).decode())
+        stats = out["stats"]
+        self.assertLessEqual(stats["passes"] + stats["accepted"], len(out["ids"]))
+        if stats["drafted"]:
+            self.assertEqual([sum(x) for x in zip(*stats["by_position"])], [stats["accepted"], stats["drafted"]])
+            self.assertEqual([sum(x) for x in zip(*stats["drafters"].values())], [stats["accepted"], stats["drafted"]])
+            self.assertAlmostEqual(stats["tokens_per_pass"], len(out["ids"]) / stats["passes"], delta=0.01)
+            self.assertGreater(stats["draft_s"], 0)
+            self.assertGreater(stats["verify_s"], stats["draft_s"])
+        off = json.loads(ok([STORIES, "-i", self.PROMPT, "-n", "50", "--json", "--draft", "off"]).decode())["stats"]
+        self.assertEqual((off["drafted"], off["accepted"], off["net_gain"], off["passes"]), (0, 0, 0, 49))
