@@ -4169,16 +4169,16 @@ static enum type planned_type(const struct source *s, const char *name, int auto
     return end && (type == Q4 || type == Q4A) ? Q8 : type;
 }
 
-/* Which matrices deserve more bits: 0 the most. All that follows depends on the first layer's attention and down
-   projection, every logit on the output matrix; keys and values are small and shared by query heads. */
+/* Which matrices deserve more bits: 0 the most. Every logit depends on the output matrix, all that follows on the
+   first layer's attention and down projection; keys and values are small and shared by query heads. */
 static int deserves(struct container *c, const char *name)
 {
     int number = strncmp(name, "blk.", 4) ? 0 : (int)strcspn(name + 4, "."), first = !strncmp(name, "blk.0.", 6);
     const char *kind = number ? name + 4 + number : name;
     if (!strcmp(kind, find_tensor(c, "output.weight") ? "output.weight" : "token_embd.weight"))
-        return 1;
-    if (!strncmp(kind, ".attn_", 6) && first)
         return 0;
+    if (!strncmp(kind, ".attn_", 6) && first)
+        return 1;
     if (!strcmp(kind, ".ffn_down.weight"))
         return first ? 2 : 4;
     return !strcmp(kind, ".attn_v.weight") || !strcmp(kind, ".attn_k.weight") ? 3 : 5;

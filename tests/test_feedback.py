@@ -203,7 +203,8 @@ class Bits(unittest.TestCase):
     def test_budget(self):
         order = ["blk.0.attn_q.weight", "token_embd.weight", "blk.0.ffn_down.weight", "blk.3.attn_v.weight",
                  "blk.3.ffn_down.weight", "blk.3.ffn_up.weight"]
-        for bits, expected in ((4.5, "q4 q4 q4 q4 q4 q4"), (4.6, "q6 q4 q4 q4 q4 q4"), (5, "q6 q6 q6 q4 q4 q4"),
+        for bits, expected in ((4.5, "q4 q4 q4 q4 q4 q4"), (4.6, "q6 q4 q4 q4 q4 q4"), (4.75, "q4 q6 q4 q4 q4 q4"),
+                               (5, "q6 q6 q6 q4 q4 q4"),
                                (5.2, "q6 q6 q6 q6 q4 q4"), (5.7, "q6 q6 q6 q6 q6 q4"), (6.5, "q6 q6 q6 q6 q6 q6"),
                                (7.3, "q8 q8 q8 q8 q6 q6"), (8.5, "q8 q8 q8 q8 q8 q8")):
             types, used = self.types(STORIES, bits)
