@@ -106,12 +106,12 @@ class Feedback(unittest.TestCase):
         return out
 
     def test_errors_cost_less(self):
-        """Over all rows of a matrix the errors cost at most this part of those of plain packing; hardly a row is worse."""
+        """The errors of four matrices cost, on average, less than this part of those of plain packing; hardly a row is worse."""
         file, plain = story(sentences=300), Safetensors(STORIES)
         tensors = [("blk.2.%s.weight" % matrix, point, 2) for matrix, point in POINTS.items()]
         hessians = {name: [list(map(float, row)) for row in statistics(STORIES, name, point, layer, 512, 16384, file, [[1]])[0]]
                     for name, point, layer in tensors}
-        for kind, most in (("q4", 0.65), ("q4a", 0.65), ("q6", 0.7)):
+        for kind, most in (("q4", 0.5), ("q4a", 0.5), ("q6", 0.48)):
             without = quantize(STORIES, kind)
             before = {name: packed_values(without, name)[1] for name, _, _ in tensors}
             after, ratios, worse, n = quantize(STORIES, kind, "-f", file), [], 0, 0
@@ -121,8 +121,10 @@ class Feedback(unittest.TestCase):
                 ratios.append(sum(a) / sum(b))
                 worse += sum(x > y for x, y in zip(a, b))
                 n += len(a)
-            print("     %s: from %.2f to %.2f of the cost, %d of %d rows worse" % (kind, min(ratios), max(ratios), worse, n))
-            self.assertLess(max(ratios), most)
+            mean = sum(ratios) / len(ratios)
+            print("     %s: %.3f of the cost (%s), %d of %d rows worse" % (
+                kind, mean, " ".join("%.2f" % r for r in ratios), worse, n))
+            self.assertLess(mean, most)
             self.assertLess(worse, 0.05 * n)
 
     def test_text_is_predicted_better(self):
@@ -138,12 +140,13 @@ class Feedback(unittest.TestCase):
         self.assertLess(moved[2], moved[0])
 
     def test_same_file(self):
-        """From any number of threads, any instruction set, another compiler."""
+        """From any number of threads, any instruction set, another compiler, under sanitizers."""
         rng = random.Random(11)
         odd, ids = small_model("llama_odd"), text("same", [rng.randrange(77) for _ in range(700)])
         for options in (["--type", "q4a"], ["--bits", "5.5"], ["--type", "q6"], ["--type", "q4", "-c", "50", "-n", "300"]):
             files = set()
-            ways = [(None, j, None) for j in (1, 2, 3)] + [(None, 1, isa) for isa in isas()] + [("other plain", 2, None)]
+            ways = [(None, j, None) for j in (1, 2, 3)] + [(None, 1, isa) for isa in isas()]
+            ways += [(kind, 2, None) for kind in ("other plain", "sanitized", "threads")]
             for kind, threads, isa in ways:
                 out = scratch("feedback", "same.bin")
                 ok([odd, "-m", "quantize", "-j", threads, "-f", ids, "-o", out] + options if not kind else
