@@ -170,6 +170,10 @@ typedef struct {
     double alone_seconds; /* estimate of what passes of one token each would have taken instead */
 } run_result;
 
+/* A text whose tokens `ids` [n] are guessed from, besides what the session holds: an answer's likely
+   source, perhaps. Replaces an earlier one; n = 0 removes it. */
+int run_draft_corpus(run_session *session, const int *ids, int n, run_error *error);
+
 /* Draws tokens after the session's last one until something ends it. Needs a run_eval before. All
    tokens but the last one drawn are then in the timeline; to go on, run_eval that one. During the
    callback run_logits are those that the token was drawn from. */
@@ -2047,6 +2051,7 @@ struct run_session {
     int row, ahead;                     /* the one to draw from next; positions behind `length` that hold proposals */
     struct drafting *drafting;          /* NULL until it is wanted */
     struct pass *pass;
+    int borrowed;                       /* the pass is another session's */
     float *candidates;                  /* [vocab] for the sampler */
     int *order;                         /* [vocab] likewise */
     void (*observer)(void *context, const char *point, int layer, const float *values, int n, int width);
@@ -2054,6 +2059,7 @@ struct run_session {
 };
 
 static void drafting_close(struct drafting *d);
+static void forget_behind(run_session *s, int position);
 
 struct row {                            /* of a forward pass */
     run_session *session;
@@ -2203,7 +2209,8 @@ void run_session_close(run_session *s)
         return;
     if (s->cache)
         munmap(s->cache, s->cache_bytes);
-    pass_close(s->pass);
+    if (!s->borrowed)
+        pass_close(s->pass);
     drafting_close(s->drafting);
     free(s->layer_at);
     free(s->slots);
@@ -2213,7 +2220,8 @@ void run_session_close(run_session *s)
     free(s);
 }
 
-run_session *run_session_open(const run_model *m, const run_options *options, run_error *error)
+/* `shared`: the work space of another session, which must outlive this one; NULL: its own. */
+static run_session *session_open(const run_model *m, const run_options *options, struct pass *shared, run_error *error)
 {
     run_options o = { 0 };
     if (options)
@@ -2251,11 +2259,17 @@ run_session *run_session_open(const run_model *m, const run_options *options, ru
         s->layer_at[i] = at;
         at += (size_t)s->slots[i] * (size_t)(m->config.kv * m->config.hd) * BLOCK * 2 * (s->cache_f32 ? 4 : 2);
     }
-    if (!(s->pass = pass_open(m, threads, error))) {
+    s->borrowed = shared != NULL;
+    if (!(s->pass = shared ? shared : pass_open(m, threads, error))) {
         run_session_close(s);
         return NULL;
     }
     return s;
+}
+
+run_session *run_session_open(const run_model *m, const run_options *options, run_error *error)
+{
+    return session_open(m, options, NULL, error);
 }
 
 /* The keys of a head's block of positions; the values follow them. */
@@ -2265,12 +2279,9 @@ static unsigned char *keys_of(const run_session *s, int layer, int head, int blo
     return s->cache + s->layer_at[layer] + ((size_t)head * (size_t)s->slots[layer] + (size_t)(block % s->slots[layer])) * size;
 }
 
-run_session *run_session_fork(const run_session *s, run_error *error)
+/* Tokens and cache of s; not its logits. */
+static void copy_timeline(run_session *f, const run_session *s)
 {
-    run_options o = { s->context, s->pass->team.size, s->cache_f32 };
-    run_session *f = run_session_open(s->model, &o, error);
-    if (!f)
-        return NULL;
     const struct config *c = &s->model->config;
     size_t block = (size_t)c->hd * BLOCK * 2 * (s->cache_f32 ? 4 : 2);
     for (int i = 0; i < c->layers; i++) { /* only what has been written, so that the rest stays unreal */
@@ -2279,12 +2290,23 @@ run_session *run_session_fork(const run_session *s, run_error *error)
         for (int h = 0; h < c->kv; h++)
             memcpy(keys_of(f, i, h, 0), keys_of(s, i, h, 0), (size_t)used * block);
     }
+    forget_behind(f, 0);
     memcpy(f->tokens, s->tokens, (size_t)s->length * sizeof *s->tokens);
     f->length = s->length;
     f->written = s->written;
+    f->wanted = f->ahead = 0;
+}
+
+run_session *run_session_fork(const run_session *s, run_error *error)
+{
+    run_options o = { s->context, s->pass->team.size, s->cache_f32 };
+    run_session *f = run_session_open(s->model, &o, error);
+    if (!f)
+        return NULL;
+    copy_timeline(f, s);
     f->wanted = s->wanted > 0;
     if (s->wanted)
-        memcpy(f->pass->logits, run_logits(s), (size_t)c->vocab * sizeof(float));
+        memcpy(f->pass->logits, run_logits(s), (size_t)s->model->config.vocab * sizeof(float));
     return f;
 }
 
@@ -2692,7 +2714,8 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     }
     p->last.n = p->wanted;
     p->mark = p->timed ? seconds() : 0;
-    int small = p->model->weight_bytes * (size_t)n < 4 << 20; /* not worth waking others for */
+    size_t bytes = p->model->weight_bytes;
+    int small = bytes < 4 << 20 && bytes * (size_t)n < 32 << 20; /* not worth waking others for */
     team_run(&p->team, small, forward, p);
     if (p->bad) {
         int layer = (p->bad - 1) / CHUNK, position = p->rows[(p->bad - 1) % CHUNK].position;
@@ -2705,7 +2728,6 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
 }
 
 static int rewind_to(run_session *s, int position, run_error *error);
-static void forget_behind(run_session *s, int position);
 
 /* run_eval, with the logits of the last `wanted` <= LOGIT_ROWS tokens. */
 static int eval(run_session *s, const int *ids, int n, int wanted, run_error *error)
@@ -3140,6 +3162,26 @@ static struct drafting *drafting_open(run_session *s, run_error *error)
     return d;
 }
 
+/* A text to guess from: ids [n], which are copied. Returns -1 if there is no memory. */
+int run_draft_corpus(run_session *s, const int *ids, int n, run_error *error)
+{
+    struct drafting *d = s->drafting ? s->drafting : drafting_open(s, error);
+    if (!(s->drafting = d))
+        return -1;
+    lookup_close(&d->corpus);
+    free(d->corpus_tokens);
+    d->in_corpus = (struct cursor){ 0, 0 };
+    d->in_corpus_at = 0;
+    d->corpus_tokens = n > 0 ? malloc((size_t)n * sizeof *ids) : NULL;
+    if (n > 0 && (!d->corpus_tokens || lookup_open(&d->corpus, d->corpus_tokens, n)))
+        return fail(error, "out of memory for a text of %d tokens to draft from", n);
+    for (int i = 0; i < n; i++) {
+        d->corpus_tokens[i] = ids[i];
+        lookup_add(&d->corpus);
+    }
+    return 0;
+}
+
 static int match_bin(int length)
 {
     return length < 5 ? length - 1 : length < 7 ? 4 : length < 11 ? 5 : length < 17 ? 6 : length < 33 ? 7 : 8;
@@ -3178,7 +3220,7 @@ static void note_time(struct drafting *d, int k, double time)
         if (i != k)
             d->time[i] *= 1 + (ratio < 0.8 ? -0.2 : ratio > 1.25 ? 0.25 : ratio - 1) * 0.05;
         if (i < k ? d->time[i] > d->time[k] : d->time[i] < d->time[k])
-            d->time[i] = d->time[k];    /* fewer rows never take longer */
+            d->time[i] += (d->time[k] - d->time[i]) / 4; /* fewer rows never take longer */
     }
 }
 
@@ -3341,7 +3383,8 @@ struct generator {                      /* one text being generated */
     run_result r;
     int id;                             /* drawn, but not in the timeline yet */
     int drawn, width;                   /* since the last pass; proposals in it */
-    double time;                        /* of the last pass */
+    double time, began;                 /* of the last pass; for who measures */
+    int alone;                          /* in the last pass */
     int stop, done, failed;
 };
 
@@ -3412,7 +3455,7 @@ static void settle(struct generator *g)
     if (!g->r.passes)
         return;
     g->r.alone_seconds += g->width ? g->drawn * d->time[1] : g->time;
-    if (d) {
+    if (d && g->alone) {
         double expected = pass_time(d, g->width + 1);
         d->drawn = 0.97 * d->drawn + g->drawn;
         d->seconds = 0.97 * d->seconds + (g->time < 2 * expected ? g->time : 2 * expected);
@@ -3470,6 +3513,9 @@ static int advance(struct generator *const *g, int n, run_error *error)
         g[i]->r.verify_seconds += time;
         g[i]->width = width;
         g[i]->time = time;
+        g[i]->alone = n == 1;
+        if (s->drafting && n > 1)
+            s->drafting->proposed = s->drafting->drafted = 0;
     }
     if (d && !failed)
         note_time(d, width + 1, time);
@@ -5280,6 +5326,11 @@ static const char usage_text[] =
     "                        off; lookup: only from what the text repeats. The text is the same with each\n"
     "  --draft-max N         tokens to guess at most (15)\n"
     "  --draft-corpus FILE   a text to guess from, besides prompt and answer\n"
+    "many at once (generate, chat):\n"
+    "  --samples N           N answers to one prompt\n"
+    "  -f NAME.jsonl --json  a file of prompts, a line each: {\"prompt\":\"...\",\"chat\":true}; a result a line\n"
+    "  -o FILE               where the results go; run again after an interruption, it goes on\n"
+    "  --shard I/N           of the lines only every N-th, beginning with the I-th\n"
     "\n"
     "output\n"
     "  --json                one JSON object on standard output\n"
@@ -5302,8 +5353,8 @@ enum { MAX_STOPS = 64 };
 enum mode { GENERATE, CHAT, PERPLEXITY, TOKENIZE, INFO, BENCH, QUANTIZE };      /* as in mode_names */
 
 struct options {
-    const char *model, *prompt, *prompt_file, *system, *output, *seed, *corpus, *stops[MAX_STOPS];
-    int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max, compare;
+    const char *model, *prompt, *prompt_file, *system, *output, *seed, *corpus, *shard_text, *stops[MAX_STOPS];
+    int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max, compare, samples, shard, shards;
     float bits;
     run_sampling sampling;
 };
@@ -5362,6 +5413,8 @@ static const struct option {
     { "--draft", WORD, PLACE(draft), 0, 0, draft_names },
     { "--draft-max", WHOLE, PLACE(draft_max), 1, RUN_DRAFT_MOST, NULL },
     { "--draft-corpus", TEXT, PLACE(corpus), 0, 0, NULL },
+    { "--samples", WHOLE, PLACE(samples), 1, 1 << 20, NULL },
+    { "--shard", TEXT, PLACE(shard_text), 0, 0, NULL },
     { "--compare", WORD, PLACE(compare), 0, 0, compare_names },
     { "--json", FLAG, PLACE(json), 0, 0, NULL },
     { "--logprobs", WHOLE, PLACE(logprobs), 0, INT_MAX, NULL },
@@ -5447,6 +5500,10 @@ static struct options parse_options(int n, char **words)
         wrong_usage("which model? for example: ./run models/stories260K.bin");
     if (o.prompt && o.prompt_file)
         wrong_usage("-i and -f are two prompts; give one");
+    int end = 0;
+    if (o.shard_text && (sscanf(o.shard_text, "%9d/%9d%n", &o.shard, &o.shards, &end) != 2 || o.shard_text[end] ||
+                         o.shard < 1 || o.shard > o.shards))
+        wrong_usage("--shard takes a part and the number of parts, such as 1/4, not \"%s\"", o.shard_text);
     return o;
 }
 
@@ -5791,13 +5848,18 @@ static int read_in(run_session *s, const int *ids, int n, run_error *error)
     return 0;
 }
 
+static run_generation generation_of(const struct options *o, struct output *out, int max_tokens)
+{
+    return (run_generation){ .sampling = o->sampling, .max_tokens = max_tokens, .stops = o->stops, .n_stops = o->n_stops,
+                             .show_special = o->special, .callback = collect, .context = out,
+                             .draft = (enum run_draft)o->draft, .draft_max = o->draft_max };
+}
+
 /* Makes the session's timeline equal ids, reading only what it does not have yet; then generates. */
 static int answer(struct output *o, const int *ids, int n, int max_tokens, run_result *result, run_error *error)
 {
     run_session *s = o->session;
-    run_generation how = { .sampling = o->options->sampling, .max_tokens = max_tokens, .stops = o->options->stops,
-                           .n_stops = o->options->n_stops, .show_special = o->options->special, .callback = collect,
-                           .context = o, .draft = (enum run_draft)o->options->draft, .draft_max = o->options->draft_max };
+    run_generation how = generation_of(o->options, o, max_tokens);
     int common = 0;
     while (common < n - 1 && common < s->length && s->tokens[common] == ids[common])
         common++;
@@ -5873,27 +5935,34 @@ static void print_drafting(struct text *t, const run_result *r)
     text_print(t, "]");
 }
 
-static int print_result(const struct output *o, const int *ids, int n, const run_result *r, run_error *error)
+/* The members of a result. */
+static void add_result(struct text *t, const struct output *o, const int *ids, int n, const run_result *r)
 {
     static const char *const stops[] = { "length", "eos", "stop", "context", "cancelled" };
-    struct text t = { 0 };
-    text_print(&t, "{\"prompt_ids\":");
-    print_ids(&t, ids, n);
-    text_print(&t, ",\"ids\":");
-    print_ids(&t, o->ids, o->n);
-    text_print(&t, ",\"text\":");
-    text_json(&t, o->text.data ? o->text.data : "", o->text.n);
-    text_print(&t, ",\"stop\":\"%s\",\"stats\":{\"prompt_tok_s\":%.6g,\"decode_tok_s\":%.6g,\"passes\":%d,\"drafted\":%d,"
+    text_print(t, "\"prompt_ids\":");
+    print_ids(t, ids, n);
+    text_print(t, ",\"ids\":");
+    print_ids(t, o->ids, o->n);
+    text_print(t, ",\"text\":");
+    text_json(t, o->text.data ? o->text.data : "", o->text.n);
+    text_print(t, ",\"stop\":\"%s\",\"stats\":{\"prompt_tok_s\":%.6g,\"decode_tok_s\":%.6g,\"passes\":%d,\"drafted\":%d,"
                "\"accepted\":%d,\"net_gain\":%.4g", stops[r->stop], rate(o->prompt_tokens, o->prompt_seconds),
                rate(r->tokens, o->seconds), r->passes, r->drafted, r->accepted, net_gain(r));
     if (r->drafted)
-        print_drafting(&t, r);
-    text_print(&t, "}");
+        print_drafting(t, r);
+    text_print(t, "}");
     if (o->options->logprobs >= 0) {
-        text_print(&t, ",\"logprobs\":[");
-        text_add(&t, o->logprobs.data ? o->logprobs.data : "", o->logprobs.n);
-        text_print(&t, "]");
+        text_print(t, ",\"logprobs\":[");
+        text_add(t, o->logprobs.data ? o->logprobs.data : "", o->logprobs.n);
+        text_print(t, "]");
     }
+}
+
+static int print_result(const struct output *o, const int *ids, int n, const run_result *r, run_error *error)
+{
+    struct text t = { 0 };
+    text_print(&t, "{");
+    add_result(&t, o, ids, n, r);
     text_print(&t, "}\n");
     if (!o->options->seed && o->options->sampling.temperature > 0)
         fprintf(stderr, "seed %llu\n", (unsigned long long)o->options->sampling.seed);
@@ -6105,6 +6174,353 @@ static int mode_chat(const struct options *o, run_session *s, run_error *error)
     chat_drop(&c, 0);
     free(c.messages);
     return status;
+}
+
+/* -- many at once: a file of prompts, or several answers to one -- */
+
+struct request {
+    char *line;                     /* the members of the input's object, as they stand there; NULL: a sample */
+    struct text prompt;
+    int chat;
+    struct text result;             /* its line of output, when it is done */
+    int done;
+};
+
+/* One JSON value of any kind, at most 100 deep. 1 if there was one. */
+static int skip_value(struct scanner *s, int depth)
+{
+    skip_space(s);
+    char c = s->at < s->end ? *s->at : '\0', close = c == '{' ? '}' : ']';
+    if (c == '"')
+        return take_string(s) != NULL;
+    if (c != '{' && c != '[') {
+        const char *start = s->at;
+        while (s->at < s->end && strchr("+-.0123456789Eaeflnrstu", *s->at) && *s->at)
+            s->at++;
+        size_t n = (size_t)(s->at - start);
+        return (n == 4 && (!memcmp(start, "true", 4) || !memcmp(start, "null", 4))) ||
+               (n == 5 && !memcmp(start, "false", 5)) || (n && strspn(start, "+-.0123456789Ee") >= n);
+    }
+    if (depth == 100)
+        return 0;
+    s->at++;
+    if (take(s, close))
+        return 1;
+    do
+        if ((c == '{' && !(take_string(s) && take(s, ':'))) || !skip_value(s, depth + 1))
+            return 0;
+    while (take(s, ','));
+    return take(s, close);
+}
+
+/* {"prompt":"...","chat":true, ...}: the prompt, whether it is a turn of a conversation, and all that
+   stands between the braces. */
+static int read_request(struct request *q, const char *line, size_t n, int number, run_error *error)
+{
+    char *strings = malloc(n + 1), *prompt = NULL;
+    struct scanner s = { line, line + n, strings };
+    int bad = !strings || !take(&s, '{');
+    const char *first = s.at;
+    size_t length = 0;
+    while (!bad) {
+        char *key = take_string(&s);
+        if (!key || !take(&s, ':')) {
+            bad = 1;
+            break;
+        }
+        skip_space(&s);
+        if (!strcmp(key, "prompt")) {
+            bad = !(prompt = take_string(&s));
+            length = bad ? 0 : (size_t)(s.out - prompt) - 1;
+        } else {
+            const char *value = s.at;
+            bad = !skip_value(&s, 0);
+            if (!strcmp(key, "chat") && !bad) {
+                q->chat = s.at - value == 4 && !memcmp(value, "true", 4);
+                bad = !q->chat && !(s.at - value == 5 && !memcmp(value, "false", 5));
+            }
+        }
+        if (!take(&s, ','))
+            break;
+    }
+    const char *end = s.at;
+    bad = bad || !take(&s, '}');
+    skip_space(&s);
+    if (bad || !prompt || s.at != s.end) {
+        free(strings);
+        return fail(error, "line %d is not an object like {\"prompt\":\"...\",\"chat\":true}", number);
+    }
+    text_add(&q->prompt, prompt, length);
+    free(strings);
+    if (!(q->line = malloc((size_t)(end - first) + 1)) || q->prompt.broken)
+        return fail(error, "out of memory for line %d", number);
+    memcpy(q->line, first, (size_t)(end - first));
+    q->line[end - first] = '\0';
+    return 0;
+}
+
+struct batch {
+    const struct options *o;
+    struct request *requests;
+    int n, next, written;           /* requests; the first not begun; the first whose result is not written */
+    run_session *base;              /* of samples: the prompt has been read there */
+    FILE *out;
+    int failures, passes, tokens;
+};
+
+struct slot {                       /* where one text at a time is generated */
+    struct generator g;
+    struct output out;
+    run_generation how;
+    run_session *s;
+    int *ids, n, request, busy;
+};
+
+/* The result's line: what came in, and what came out or what went wrong. */
+static void finish_slot(struct batch *b, struct slot *slot, const char *problem)
+{
+    struct request *q = &b->requests[slot->request];
+    if (!b->o->json) {
+        text_print(&q->result, b->n > 1 ? "--- %d\n" : "%.0d", slot->request + 1);
+        if (problem)
+            text_print(&q->result, "%s\n", problem);
+        text_add(&q->result, slot->out.text.data ? slot->out.text.data : "", slot->out.text.n);
+        text_print(&q->result, "\n");
+        b->tokens += problem ? 0 : slot->g.r.tokens;
+        b->failures += problem != NULL;
+        goto done;
+    }
+    text_print(&q->result, "{");
+    if (q->line) {
+        text_add(&q->result, q->line, strlen(q->line));
+        text_print(&q->result, ",");
+    } else {
+        text_print(&q->result, "\"sample\":%d,", slot->request);
+    }
+    if (problem) {
+        text_print(&q->result, "\"error\":");
+        text_json(&q->result, problem, strlen(problem));
+        b->failures++;
+    } else {
+        b->tokens += slot->g.r.tokens;
+        slot->out.seconds = slot->g.r.seconds;
+        add_result(&q->result, &slot->out, slot->ids, slot->n, &slot->g.r);
+    }
+    text_print(&q->result, "}\n");
+done:
+    q->done = 1;
+    output_close(&slot->out);
+    free(slot->ids);
+    *slot = (struct slot){ .s = slot->s };
+}
+
+/* The tokens of a prompt, which may be a turn of a conversation: slot->ids. */
+static int prompt_of_request(struct slot *slot, const struct request *q, const struct options *o, run_error *error)
+{
+    const run_model *m = slot->s->model;
+    struct chat c = { .model = m };
+    int failed = 0;
+    if (!q->chat)
+        slot->n = prompt_ids(m, &q->prompt, o->special, m->config.add_bos || (!q->prompt.n && m->config.bos >= 0), &slot->ids, error);
+    else if (!run_text(m, "chat.user.before"))
+        failed = fail(error, "this model has no chat format");
+    else if ((failed = chat_begin(&c, m, o->system, error)) == 0) {
+        c.trusted = o->special;
+        failed = chat_add(&c, USER, q->prompt.data, q->prompt.n, error) || (slot->n = chat_ids(&c, &slot->ids, error)) < 0;
+        chat_drop(&c, 0);
+        free(c.messages);
+    }
+    if (!failed && slot->n >= 0 && (slot->n < 1 || slot->n > slot->s->context))
+        failed = fail(error, slot->n ? "the prompt has %d tokens, the context %d positions" :
+                      "the prompt is empty, and this model has no BOS token to begin with", slot->n, slot->s->context);
+    return failed || slot->n < 0 ? -1 : 0;
+}
+
+/* Reads the next prompt in and draws its first token. */
+static void begin_slot(struct batch *b, struct slot *slot)
+{
+    const struct options *o = b->o;
+    struct request *q = &b->requests[slot->request = b->next++];
+    run_error error = { "" };
+    int failed = 0, most = o->tokens >= 0 ? o->tokens : q->chat ? 0 : 256;
+    slot->out = (struct output){ .options = o, .session = slot->s };
+    slot->how = generation_of(o, &slot->out, most);
+    slot->busy = 1;
+    double start = seconds();
+    if (b->base) {                      /* all but the last token of the prompt are there */
+        slot->n = b->base->length;
+        slot->how.sampling.stream = (uint64_t)slot->request;
+        failed = !(slot->ids = malloc((size_t)slot->n * sizeof *slot->ids));
+        if (!failed) {
+            memcpy(slot->ids, b->base->tokens, (size_t)slot->n * sizeof *slot->ids);
+            copy_timeline(slot->s, b->base);
+            failed = run_rewind(slot->s, slot->n - 1, &error) || run_eval(slot->s, slot->ids + slot->n - 1, 1, &error);
+        }
+    } else {
+        failed = prompt_of_request(slot, q, o, &error) || run_rewind(slot->s, 0, &error) ||
+                 run_eval(slot->s, slot->ids, slot->n, &error);
+    }
+    slot->out.prompt_tokens = slot->n;
+    slot->out.prompt_seconds = seconds() - start;
+    if (failed || generator_open(&slot->g, slot->s, &slot->how, &error)) {
+        finish_slot(b, slot, *error.text ? error.text : "out of memory");
+        return;
+    }
+    slot->g.began = seconds();
+    draw_on(&slot->g, &error);
+    if (slot->g.failed || slot->g.done) {
+        generator_close(&slot->g);
+        finish_slot(b, slot, slot->g.failed ? error.text : NULL);
+    }
+}
+
+/* Runs all requests, `n` at a time; results are written in their order. */
+static int run_batch(struct batch *b, struct slot *slots, int n, run_error *error)
+{
+    struct generator *active[LOGIT_ROWS];
+    for (interrupted = 0; b->written < b->n && !interrupted;) {
+        int n_active = 0;
+        for (int i = 0; i < n; i++) {
+            while (!slots[i].busy && b->next < b->n && !interrupted)
+                begin_slot(b, &slots[i]);
+            if (slots[i].busy)
+                active[n_active++] = &slots[i].g;
+        }
+        for (; b->written < b->n && b->requests[b->written].done; b->written++) {
+            struct text *t = &b->requests[b->written].result;
+            if (t->broken || fwrite(t->data, 1, t->n, b->out) != t->n || fflush(b->out))
+                return fail(error, t->broken ? "out of memory" : "cannot write a result: %s", strerror(errno));
+            free(t->data);
+            *t = (struct text){ 0 };
+            if (isatty(2))
+                fprintf(stderr, "\r%d of %d ", b->written + 1, b->n);
+        }
+        if (!n_active)
+            continue;
+        if (advance(active, n_active, error))
+            return -1;                  /* a damaged model, which would fail for all */
+        b->passes++;
+        for (int i = 0; i < n; i++) {
+            run_error why = { "" };
+            if (!slots[i].busy)
+                continue;
+            draw_on(&slots[i].g, &why);
+            if (slots[i].g.failed || slots[i].g.done) {
+                slots[i].g.r.seconds = seconds() - slots[i].g.began;
+                generator_close(&slots[i].g);
+                finish_slot(b, &slots[i], slots[i].g.failed ? why.text : NULL);
+            }
+        }
+    }
+    if (isatty(2))
+        fprintf(stderr, "\r%40s\r", "");
+    return interrupted ? fail(error, "interrupted: %d of %d results are written", b->written, b->n) : 0;
+}
+
+/* Lines that an interrupted run has left in the output file are kept, if they answer the same
+   requests; half a line is cut off. */
+static int resume(struct batch *b, const char *path, run_error *error)
+{
+    struct text old = { 0 };
+    FILE *file = fopen(path, "rb");
+    size_t at = 0;
+    if (file) {
+        int bad = read_stream(file, &old);
+        fclose(file);
+        if (bad)
+            return free(old.data), fail(error, "cannot read %.200s", path);
+    }
+    for (char *end; at < old.n && (end = memchr(old.data + at, '\n', old.n - at)) && b->written < b->n; b->written++) {
+        const char *line = b->requests[b->written].line;
+        if (old.data[at] != '{' || strncmp(old.data + at + 1, line, strlen(line)) || old.data[at + 1 + strlen(line)] != ',') {
+            free(old.data);
+            return fail(error, "%.200s holds something else than results of these prompts; remove it or name another file", path);
+        }
+        at = (size_t)(end - old.data) + 1;
+    }
+    if (b->written == b->n && at < old.n) {
+        free(old.data);
+        return fail(error, "%.200s holds more than results of these prompts; remove it or name another file", path);
+    }
+    free(old.data);
+    b->next = b->written;
+    if (!(b->out = fopen(path, at ? "rb+" : "wb")) || ftruncate(fileno(b->out), (off_t)at) || fseek(b->out, 0, SEEK_END))
+        return fail(error, "cannot write %.200s: %s", path, strerror(errno));
+    return 0;
+}
+
+/* Every line of the prompt file that belongs to this shard. */
+static int read_requests(struct batch *b, const struct text *file, enum mode mode, run_error *error)
+{
+    int number = 0;
+    for (size_t at = 0; at < file->n;) {
+        const char *line = file->data + at, *end = memchr(line, '\n', file->n - at);
+        size_t n = end ? (size_t)(end - line) : file->n - at;
+        at += n + 1;
+        number++;
+        if (strspn(line, " \t\r") >= n)
+            continue;
+        struct request q = { .chat = mode == CHAT };
+        if (read_request(&q, line, n, number, error) || grow(&b->requests, b->n, sizeof *b->requests)) {
+            free(q.prompt.data);
+            return -1;
+        }
+        if (b->o->shards && (number - 1) % b->o->shards != b->o->shard - 1) {
+            free(q.line);
+            free(q.prompt.data);
+        } else {
+            b->requests[b->n++] = q;
+        }
+    }
+    return 0;
+}
+
+static int mode_batch(const struct options *o, run_session *s, enum mode mode, run_error *error)
+{
+    struct batch b = { .o = o, .out = stdout };
+    struct slot slots[LOGIT_ROWS] = { 0 };
+    struct text prompt = { 0 };
+    struct output out = { .options = o, .session = s };
+    int failed = read_prompt(o, &prompt, error), n_slots = 0;
+    double start = seconds();
+    if (!failed && !o->samples) {
+        failed = read_requests(&b, &prompt, mode, error) || (o->output && resume(&b, o->output, error));
+    } else if (!failed) {
+        struct slot first = { .s = s, .how = generation_of(o, &out, 0) };
+        struct request q = { .prompt = prompt, .chat = mode == CHAT };
+        failed = prompt_of_request(&first, &q, o, error) || read_in(s, first.ids, first.n, error) ||
+                 !(b.requests = calloc((size_t)o->samples, sizeof *b.requests));
+        free(first.ids);
+        b.n = failed ? 0 : o->samples;
+        b.base = s;
+    }
+    size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 2, each = cache_bytes(s->model, s->context, s->cache_f32);
+    while (!failed && n_slots < LOGIT_ROWS && n_slots < b.n - b.next && (!n_slots || (size_t)(n_slots + 1) * each <= memory)) {
+        slots[n_slots].s = !n_slots && !b.base ? s : session_open(s->model, &(run_options){ s->context, 0, s->cache_f32 }, s->pass, error);
+        if (!slots[n_slots++].s)
+            failed = -1;
+    }
+    failed = failed || run_batch(&b, slots, n_slots, error);
+    if (!failed)
+        fprintf(stderr, "%d results, %d tokens in %d passes, %.1f tok/s\n", b.n, b.tokens, b.passes, rate(b.tokens, seconds() - start));
+    for (int i = 0; i < n_slots; i++) {
+        if (slots[i].busy)
+            generator_close(&slots[i].g);
+        output_close(&slots[i].out);
+        free(slots[i].ids);
+        if (slots[i].s != s)
+            run_session_close(slots[i].s);
+    }
+    for (int i = 0; i < b.n; i++) {
+        free(b.requests[i].line);
+        free(b.requests[i].prompt.data);
+        free(b.requests[i].result.data);
+    }
+    free(b.requests);
+    free(prompt.data);
+    if (b.out && b.out != stdout && fclose(b.out) && !failed)
+        failed = fail(error, "cannot write %.200s: %s", o->output, strerror(errno));
+    return failed ? failure(error) : b.failures ? 1 : finish_output();
 }
 
 /* Scores a text in windows that do not overlap: -log p of each token given those before it. */
@@ -6796,12 +7212,22 @@ static int mode_quantize(const struct options *o, run_error *error)
     return failed ? failure(error) : 0;
 }
 
+/* A file of prompts, one a line. */
+static int is_batch(const struct options *o, enum mode mode)
+{
+    size_t n = o->prompt_file ? strlen(o->prompt_file) : 0;
+    return o->json && n > 6 && !strcmp(o->prompt_file + n - 6, ".jsonl") && (mode == GENERATE || mode == CHAT);
+}
+
 /* What only one mode can do is a mistake elsewhere. */
 static void check_options(const struct options *o, enum mode mode)
 {
     const struct { int given, fits; const char *name, *where; } rules[] = {
         { o->system != NULL, mode == CHAT, "-y", "chat" },
-        { o->output != NULL, mode == QUANTIZE, "-o", "quantize" },
+        { o->output != NULL, mode == QUANTIZE || is_batch(o, mode), "-o", "quantize and files of prompts (-f NAME.jsonl --json)" },
+        { o->shards, is_batch(o, mode), "--shard", "files of prompts (-f NAME.jsonl --json)" },
+        { o->samples, (mode == GENERATE || mode == CHAT) && !is_batch(o, mode), "--samples", "one prompt in generate and chat" },
+        { o->corpus != NULL, mode == GENERATE || mode == CHAT, "--draft-corpus", "generate and chat" },
         { o->type, mode == QUANTIZE, "--type", "quantize" },
         { o->bits > 0, mode == QUANTIZE, "--bits", "quantize" },
         { o->verify, mode == INFO, "--verify", "info" },
@@ -6816,6 +7242,18 @@ static void check_options(const struct options *o, enum mode mode)
         wrong_usage("--logprobs needs --json");
 }
 
+/* --draft-corpus */
+static int read_corpus(const struct options *o, run_session *s, run_error *error)
+{
+    struct options from = { .prompt_file = o->corpus };
+    struct text text = { 0 };
+    int *ids = NULL, n = read_prompt(&from, &text, error) ? -1 : prompt_ids(s->model, &text, 0, 0, &ids, error);
+    int failed = n < 0 || run_draft_corpus(s, ids, n, error);
+    free(ids);
+    free(text.data);
+    return failed;
+}
+
 static int with_session(const struct options *o, const run_model *m, enum mode mode, run_error *error)
 {
     run_options how = { o->context, o->threads, o->kv_f32 };
@@ -6824,7 +7262,14 @@ static int with_session(const struct options *o, const run_model *m, enum mode m
         return failure(error);
     if (o->context > m->config.context)
         fprintf(stderr, "run: a context of %d is more than the %d that this model was trained for\n", o->context, m->config.context);
-    int status = (mode == CHAT ? mode_chat : mode == PERPLEXITY ? mode_perplexity : mode == BENCH ? mode_bench
+    if (o->samples && !o->prompt && !o->prompt_file)
+        wrong_usage("--samples needs a prompt (-i or -f)");
+    if (o->corpus && read_corpus(o, s, error)) {
+        run_session_close(s);
+        return failure(error);
+    }
+    int status = o->samples || is_batch(o, mode) ? mode_batch(o, s, mode, error) :
+                 (mode == CHAT ? mode_chat : mode == PERPLEXITY ? mode_perplexity : mode == BENCH ? mode_bench
                                                                               : mode_generate)(o, s, error);
     run_session_close(s);
     return status;

@@ -106,7 +106,7 @@ class Feedback(unittest.TestCase):
         return out
 
     def test_errors_cost_less(self):
-        """The errors of four matrices cost, on average, less than this part of those of plain packing; hardly a row is worse."""
+        """Errors cost, averaged over four matrices, less than this part of plain packing's; hardly a row costs more."""
         file, plain = story(sentences=300), Safetensors(STORIES)
         tensors = [("blk.2.%s.weight" % matrix, point, 2) for matrix, point in POINTS.items()]
         hessians = {name: [list(map(float, row)) for row in statistics(STORIES, name, point, layer, 512, 16384, file, [[1]])[0]]
