@@ -3554,9 +3554,10 @@ int run_generate(run_session *s, const run_generation *how, run_result *result, 
 /* == PACKING =================================================================================
 
    From any stored type to any type, strip by strip. Exact where it can be: Q4_0 -> q4,
-   Q4_1 -> q4a, Q8_0 -> q8, and any grid that another one contains. Everything else goes through
-   floats, and the error is counted. All arithmetic is per element or per row in a fixed order, so
-   that the file comes out the same everywhere.                                               */
+   Q4_1 -> q4a, Q5_0 -> q6, Q8_0 -> q8, and any grid that another one contains. Everything else
+   goes through floats, and the error is counted; with statistics of a text, errors are made to
+   cancel in what it multiplies the weights with. All arithmetic is per element or per row in a
+   fixed order, so that the file comes out the same everywhere.                               */
 
 #ifndef RUN_LIBRARY
 
