@@ -121,7 +121,8 @@ int run_rewind(run_session *session, int position, run_error *error);
 const float *run_logits(const run_session *session);
 
 /* Shows what goes on inside: run_eval calls it with one row of `width` values at a time, at the
-   points "embed", "attn" (heads' outputs, before their projection) and "out" of each layer. */
+   points "embed"; "attn_norm", "attn" (heads' outputs, before their projection), "ffn_norm", "ffn"
+   (before the down projection) and "out" of each layer; "norm" (what the output matrix multiplies). */
 typedef void (*run_observer)(void *context, const char *point, int layer, const float *values,
                              int position, int width);
 void run_observe(run_session *session, run_observer observer, void *context);
@@ -854,22 +855,24 @@ static int config_read(struct config *c, struct reading *r, const struct config 
      q4, q4a   8 lines of 64 bytes: line j holds, for row r and c < 4 in byte 4 r + c, two
                columns of group g = j / 4: 32 g + 8 (j % 4) + c in the low nibble, + 4 in the
                high one
+     q6        the same 8 lines for the lower 4 bits, then 4 lines for the upper 2: line j, byte
+               4 r + c holds those of columns 16 j + 4 i + c in its bits 2 i and 2 i + 1, i < 4
      q8        16 lines of 64 bytes: line j, byte 4 r + c is column 4 j + c of row r, signed
      then      scales, half precision, [2 groups][16 rows]: 64 bytes
      q4a       minima, the same: 64 bytes
 
-     weight = (q - 8) d  in q4,   fma(q, d, m) in q4a,   q d in q8
+     weight = (q - 8) d in q4,   fma(q, d, m) in q4a,   (q - 32) d in q6,   q d in q8
 
-   that is 4.5, 5 and 8.5 bits a weight. Rows are padded to 16 and columns to 64 with zero scales. */
+   that is 4.5, 5, 6.5 and 8.5 bits a weight. Rows are padded to 16 and columns to 64 with zero scales. */
 
-enum type { F32, F16, BF16, Q4, Q4A, Q8, RAW, N_TYPES = RAW };
+enum type { F32, F16, BF16, Q4, Q4A, Q6, Q8, RAW, N_TYPES = RAW };
 
-static const char *const type_names[] = { "f32", "f16", "bf16", "q4", "q4a", "q8", "raw blocks" };
+static const char *const type_names[] = { "f32", "f16", "bf16", "q4", "q4a", "q6", "q8", "raw blocks" };
 
 enum { STRIP = 16, GROUP = 32, BLOCK = 64 };
-enum { Q4_BLOCK = STRIP * BLOCK / 2 + 2 * STRIP * 2, Q4A_BLOCK = Q4_BLOCK + 2 * STRIP * 2,
-       Q8_BLOCK = STRIP * BLOCK + 2 * STRIP * 2 };
-_Static_assert(Q4_BLOCK == 576 && Q4A_BLOCK == 640 && Q8_BLOCK == 1088, "the layout of the file");
+enum { Q4_QUANTS = STRIP * BLOCK / 2, Q6_QUANTS = STRIP * BLOCK * 3 / 4, Q8_QUANTS = STRIP * BLOCK, SCALES = 2 * STRIP * 2 };
+_Static_assert(Q4_QUANTS + SCALES == 576 && Q4_QUANTS + 2 * SCALES == 640 && Q6_QUANTS + SCALES == 832 &&
+               Q8_QUANTS + SCALES == 1088, "the layout of the file");
 
 static const float no_norm[1];          /* in the place of a norm's weights: there is none */
 
@@ -929,11 +932,14 @@ struct run_model {
 static size_t strips(int rows) { return ((size_t)rows + STRIP - 1) / STRIP; }
 static size_t blocks(int cols) { return ((size_t)cols + BLOCK - 1) / BLOCK; }
 
+/* Bytes of a block of a packed type: those before its scales, and all. */
+INLINE int quant_bytes(enum type type) { return type == Q8 ? Q8_QUANTS : type == Q6 ? Q6_QUANTS : Q4_QUANTS; }
+INLINE int block_bytes(enum type type) { return quant_bytes(type) + (type == Q4A ? 2 * SCALES : SCALES); }
+
 static size_t matrix_bytes(enum type type, int rows, int cols)
 {
-    static const size_t block[] = { [Q4] = Q4_BLOCK, [Q4A] = Q4A_BLOCK, [Q8] = Q8_BLOCK };
     return type <= BF16 ? (size_t)rows * (size_t)cols * (type == F32 ? 4 : 2)
-                        : strips(rows) * blocks(cols) * block[type];
+                        : strips(rows) * blocks(cols) * (size_t)block_bytes(type);
 }
 
 /* "q4 960 576": a word and two sizes; returns the word's length, or 0. */
@@ -1137,8 +1143,8 @@ struct head {
    block has 4 bytes, and every line of scales twice 2, for each of its 16 rows. */
 static struct matrix gather_rows(const struct matrix *w, const int32_t *rows, int n, unsigned char *data)
 {
-    size_t row_bytes = matrix_bytes(w->type, 1, w->cols), n_blocks = blocks(w->cols), block_bytes = matrix_bytes(w->type, STRIP, BLOCK);
-    size_t quants = block_bytes - (w->type == Q4A ? 128 : 64);
+    size_t row_bytes = matrix_bytes(w->type, 1, w->cols), n_blocks = blocks(w->cols);
+    size_t quants = w->type <= BF16 ? 0 : (size_t)quant_bytes(w->type), all = w->type <= BF16 ? 0 : (size_t)block_bytes(w->type);
     for (int i = 0; i < n; i++) {
         if (w->type <= BF16) {
             memcpy(data + (size_t)i * row_bytes, w->data + (size_t)rows[i] * row_bytes, row_bytes);
@@ -1146,11 +1152,11 @@ static struct matrix gather_rows(const struct matrix *w, const int32_t *rows, in
         }
         int from = rows[i] % STRIP, to = i % STRIP;
         for (size_t b = 0; b < n_blocks; b++) {
-            const unsigned char *x = w->data + ((size_t)(rows[i] / STRIP) * n_blocks + b) * block_bytes;
-            unsigned char *y = data + ((size_t)(i / STRIP) * n_blocks + b) * block_bytes;
+            const unsigned char *x = w->data + ((size_t)(rows[i] / STRIP) * n_blocks + b) * all;
+            unsigned char *y = data + ((size_t)(i / STRIP) * n_blocks + b) * all;
             for (size_t at = 0; at < quants; at += 64)
                 memcpy(y + at + 4 * to, x + at + 4 * from, 4);
-            for (size_t at = quants; at < block_bytes; at += 32)
+            for (size_t at = quants; at < all; at += 32)
                 memcpy(y + at + 2 * to, x + at + 2 * from, 2);
         }
     }
@@ -1668,6 +1674,8 @@ struct kernels {
     void (*attend[2])(struct query *q, int n, const void *keys, const void *values, int hd, float scale, float cap);
     /* sum of exp((x - max) * scale) in double, sixteen partial sums */
     double (*exp_sum)(const float *x, int n, float max, float scale);
+    /* g[i] -= sum over j of h[i * stride + j] delta[j], i < rows, j < n, 16 lanes each: for packing */
+    void (*feed_back)(float (*g)[STRIP], const float *h, size_t stride, int rows, float (*delta)[STRIP], int n);
     /* sum of 64-bit words, as fast as memory gives them: for bench */
     uint64_t (*read)(const uint64_t *words, size_t n);
 };
@@ -1724,15 +1732,16 @@ static int quant_of(const unsigned char *block, enum type type, int row, int col
 {
     if (type == Q8)
         return (int8_t)block[column / 4 * 64 + 4 * row + column % 4];
-    int line = column / 32 * 4 + column % 32 / 8, byte = block[line * 64 + 4 * row + column % 4];
-    return (column % 8 < 4 ? byte & 15 : byte >> 4) - (type == Q4 ? 8 : 0);
+    int byte = block[column / 8 * 64 + 4 * row + column % 4], low = column % 8 < 4 ? byte & 15 : byte >> 4;
+    if (type == Q6)
+        return (low | (block[Q4_QUANTS + column / 16 * 64 + 4 * row + column % 4] >> column / 4 % 4 * 2 & 3) << 4) - 32;
+    return low - (type == Q4 ? 8 : 0);
 }
 
 /* Its scale (which 0) or minimum (which 1). */
 static float scale_of(const unsigned char *block, enum type type, int row, int group, int which)
 {
-    size_t quants = type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2;
-    return from_half(load_u16(block + quants + (size_t)(which * 64 + group * 32 + row * 2)));
+    return from_half(load_u16(block + quant_bytes(type) + which * SCALES + group * 32 + row * 2));
 }
 
 static const unsigned char *block_of(const struct matrix *w, int strip, int block)
@@ -1778,6 +1787,14 @@ static void matmul_float(float *tile, const struct matrix *w, int strip, const s
                 s[k % 16] = fma_(float_weight(w, at + (size_t)k), x->x[(size_t)(r0 + r) * x->stride + (size_t)k], s[k % 16]);
             tile[r * STRIP + row] = tree(s);
         }
+}
+
+static void feed_back_plainly(float (*g)[STRIP], const float *h, size_t stride, int rows, float (*delta)[STRIP], int n)
+{
+    for (int i = 0; i < rows; i++)
+        for (int r = 0; r < STRIP; r++)
+            for (int j = 0; j < n; j++)
+                g[i][r] -= h[(size_t)i * stride + (size_t)j] * delta[j][r];
 }
 
 /* The operations below are written once, inline, and compiled for every instruction set: they
@@ -1979,9 +1996,9 @@ static void attend_scalar_f32(struct query *q, int n, const void *k, const void 
 
 static const struct kernels kernels_scalar = {
     "scalar",
-    { matmul_float, matmul_float, matmul_float, matmul_packed, matmul_packed, matmul_packed },
+    { matmul_float, matmul_float, matmul_float, matmul_packed, matmul_packed, matmul_packed, matmul_packed },
     rmsnorm_scalar, quantize_scalar, glu_scalar, rope_scalar,
-    { attend_scalar_f16, attend_scalar_f32 }, exp_sum_scalar, read_scalar,
+    { attend_scalar_f16, attend_scalar_f32 }, exp_sum_scalar, feed_back_plainly, read_scalar,
 };
 
 /* -- threads: a team runs one function, with barriers and counted loops inside --
@@ -2985,6 +3002,7 @@ static void forward(void *context, int me)
         /* attention: x += o . attend(q, k, v) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->attn_norm);    /* [n, dim] */
         mark(p, me, PREPARE);
+        observe(p, me, "attn_norm", i, in->x, in->stride, c->dim);
         multiply(p, me, (struct product[]){ { &l->q, p->q, q << c->gated, l->q_bias, 0 },    /* [n, heads hd] */
                                             { &l->k, p->k, kv, l->k_bias, 0 },               /* [n, kv hd] */
                                             { &l->v, p->v, kv, l->v_bias, 0 } }, 3, in);     /* [n, kv hd] */
@@ -3007,9 +3025,11 @@ static void forward(void *context, int me)
         /* feed forward: x += down . (act(gate . x) * (up . x)) */
         in = prepare(p, me, i, &p->norm, &own->norm, l->ffn_norm);     /* [n, dim] */
         mark(p, me, PREPARE);
+        observe(p, me, "ffn_norm", i, in->x, in->stride, c->dim);
         feed_forward(p, me, i, in);                                        /* hid [n, hidden] */
         barrier(p->team);
         mark(p, me, GATE_UP);
+        observe(p, me, "ffn", i, p->hid.x, p->hid.stride, c->hidden);
         add_branch(p, me, i, &l->down, l->down_bias, l->post_ffn_norm, &p->hid);
         mark(p, me, DOWN);
         observe(p, me, "out", i, p->x, dim, c->dim);
@@ -3025,7 +3045,10 @@ static void forward(void *context, int me)
         barrier(p->team);
     }
 
-    /* logits, for the rows that want them */
+    /* logits, for the rows that want them; an observer sees the last norm of all rows */
+    for (int r = me; p->observed && r < p->n; r += p->team->active)
+        m->kernels->rmsnorm(p->norm.x + (size_t)r * p->norm.stride, p->x + (size_t)r * dim, m->output_norm, c->dim, c->eps);
+    observe(p, me, "norm", -1, p->norm.x, p->norm.stride, c->dim);
     for (int j = me; j < p->wanted; j += p->team->active) {
         int r = p->wanted_rows[j];
         note(p, normalize(m, p->last.x + (size_t)j * p->last.stride, p->x + (size_t)r * dim, m->output_norm, c->dim),
@@ -4151,9 +4174,10 @@ int run_generate(run_session *s, const run_generation *how, run_result *result, 
 /* == PACKING =================================================================================
 
    From any stored type to any type, strip by strip. Exact where it can be: Q4_0 -> q4,
-   Q4_1 -> q4a, Q8_0 -> q8, and any grid that another one contains. Everything else goes through
-   floats, and the error is counted. All arithmetic is per element or per row in a fixed order, so
-   that the file comes out the same everywhere.                                               */
+   Q4_1 -> q4a, Q5_0 -> q6, Q8_0 -> q8, and any grid that another one contains. Everything else
+   goes through floats, and the error is counted; with statistics of a text, errors are made to
+   cancel in what it multiplies the weights with. All arithmetic is per element or per row in a
+   fixed order, so that the file comes out the same everywhere.                               */
 
 #ifndef RUN_LIBRARY
 
@@ -4168,22 +4192,24 @@ static uint16_t to_bf16(float x)
 
 static float half_at(const unsigned char *b) { return from_half(load_u16(b)); }
 
+static int four_bits(const unsigned char *b, int i) { return i < 16 ? b[i] & 15 : b[i - 16] >> 4; }
+
 static void decode_q4_0(const unsigned char *b, float *y)
 {
     for (int i = 0; i < 32; i++)
-        y[i] = half_at(b) * (float)((i < 16 ? b[2 + i] & 15 : b[2 + i - 16] >> 4) - 8);
+        y[i] = half_at(b) * (float)(four_bits(b + 2, i) - 8);
 }
 
 static void decode_q4_1(const unsigned char *b, float *y)
 {
     for (int i = 0; i < 32; i++)
-        y[i] = half_at(b) * (float)(i < 16 ? b[4 + i] & 15 : b[4 + i - 16] >> 4) + half_at(b + 2);
+        y[i] = half_at(b) * (float)four_bits(b + 4, i) + half_at(b + 2);
 }
 
 /* The fifth bits of 32 weights lie in 4 bytes, bit i for weight i. */
 static int five_bits(const unsigned char *high, const unsigned char *low, int i)
 {
-    return (i < 16 ? low[i] & 15 : low[i - 16] >> 4) | (high[i / 8] >> i % 8 & 1) << 4;
+    return four_bits(low, i) | (high[i / 8] >> i % 8 & 1) << 4;
 }
 
 static void decode_q5_0(const unsigned char *b, float *y)
@@ -4263,7 +4289,7 @@ static const int8_t iq4_values[16] = { -127, -104, -83, -65, -49, -35, -22, -10,
 static void decode_iq4_nl(const unsigned char *b, float *y)
 {
     for (int i = 0; i < 32; i++)
-        y[i] = half_at(b) * (float)iq4_values[i < 16 ? b[2 + i] & 15 : b[2 + i - 16] >> 4];
+        y[i] = half_at(b) * (float)iq4_values[four_bits(b + 2, i)];
 }
 
 static void decode_iq4_xs(const unsigned char *b, float *y)
@@ -4282,7 +4308,7 @@ static const struct raw_type {
     enum type packed;               /* what --type auto makes of it */
 } raw_types[] = {
     { "Q4_0", 32, 18, decode_q4_0, Q4 },       { "Q4_1", 32, 20, decode_q4_1, Q4A },
-    { "Q5_0", 32, 22, decode_q5_0, Q8 },       { "Q5_1", 32, 24, decode_q5_1, Q8 },
+    { "Q5_0", 32, 22, decode_q5_0, Q6 },       { "Q5_1", 32, 24, decode_q5_1, Q8 },
     { "Q8_0", 32, 34, decode_q8_0, Q8 },       { "Q2_K", 256, 84, decode_q2_k, Q4A },
     { "Q3_K", 256, 110, decode_q3_k, Q4A },    { "Q4_K", 256, 144, decode_q4_k, Q4A },
     { "Q5_K", 256, 176, decode_q5_k, Q8 },     { "Q6_K", 256, 210, decode_q6_k, Q8 },
@@ -4356,6 +4382,9 @@ struct grid {                       /* weight = (q - shift) d + m */
     float q[GROUP][STRIP];
 };
 
+static const struct { float low, high; } levels[N_TYPES] = { [Q4] = { -8, 7 }, [Q4A] = { 0, 15 }, [Q6] = { -32, 31 },
+                                                               [Q8] = { -127, 127 } };
+
 INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
 /* Takes over the rows of `try` that come closer to w than the best so far. */
@@ -4378,37 +4407,12 @@ static void keep_better(float w[GROUP][STRIP], int n, const struct grid *try, st
     }
 }
 
-/* q4: the largest weight is put near -8 or near 7, each time the scale is refitted by least squares. */
-static void fit_q4(float w[GROUP][STRIP], int n, struct grid *best)
+/* Many grids, each refitted by least squares; the best is kept. q4, q6: the extreme weight is put near
+   either end. q4a: from 0 to 12 % are cut off each end. */
+static void fit(float w[GROUP][STRIP], int n, enum type type, struct grid *best)
 {
-    static const float places[] = { -8.0f, -7.7f, -7.4f, -8.3f, -8.6f, -9.0f, -7.0f, 7.0f, 7.3f, 6.7f, 7.6f };
-    float error[STRIP], extreme[STRIP] = { 0 };
-    struct grid try = { 0 };
-    for (int i = 0; i < n; i++)
-        for (int r = 0; r < STRIP; r++)
-            extreme[r] = w[i][r] * w[i][r] > extreme[r] * extreme[r] ? w[i][r] : extreme[r];
-    for (int r = 0; r < STRIP; r++)
-        error[r] = INFINITY;
-    for (size_t k = 0; k < sizeof places / sizeof *places; k++) {
-        float inverse[STRIP], wq[STRIP] = { 0 }, qq[STRIP] = { 0 };
-        for (int r = 0; r < STRIP; r++)
-            inverse[r] = extreme[r] * extreme[r] > 0 ? places[k] / extreme[r] : 0;
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < STRIP; r++) {
-                float q = clamp(round_even(clamp(w[i][r] * inverse[r], -9, 9)), -8, 7);
-                try.q[i][r] = q;
-                wq[r] += w[i][r] * q;
-                qq[r] += q * q;
-            }
-        for (int r = 0; r < STRIP; r++)
-            try.d[r] = from_half(to_half(qq[r] > 0 ? wq[r] / qq[r] : 0));
-        keep_better(w, n, &try, best, error);
-    }
-}
-
-/* q4a: minimum and scale, refitted together. */
-static void fit_q4a(float w[GROUP][STRIP], int n, struct grid *best)
-{
+    const int minimum = type == Q4A;
+    const float lowest = levels[type].low, highest = levels[type].high, step = type == Q4 ? 0.04f : 0.02f;
     float error[STRIP], low[STRIP], high[STRIP];
     struct grid try = { 0 };
     for (int r = 0; r < STRIP; r++) {
@@ -4419,28 +4423,35 @@ static void fit_q4a(float w[GROUP][STRIP], int n, struct grid *best)
             high[r] = w[i][r] > high[r] ? w[i][r] : high[r];
         }
     }
-    for (int k = 0; k < 16; k++) { /* steps across the range: 15, 13.9, 14.1 .. 16.7 */
-        float steps = k ? 13.7f + 0.2f * (float)k : 15.0f, inverse[STRIP];
-        float sw[STRIP] = { 0 }, sq[STRIP] = { 0 }, swq[STRIP] = { 0 }, sqq[STRIP] = { 0 };
-        for (int r = 0; r < STRIP; r++)
-            inverse[r] = high[r] > low[r] ? steps / (high[r] - low[r]) : 0;
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < STRIP; r++) {
-                /* steps beyond 15 cut both ends alike */
-                float q = clamp(round_even(clamp((w[i][r] - low[r]) * inverse[r] - (steps - 15.0f) * 0.5f, -1, 16)), 0, 15);
-                try.q[i][r] = q;
-                sw[r] += w[i][r];
-                sq[r] += q;
-                swq[r] += w[i][r] * q;
-                sqq[r] += q * q;
-            }
+    for (int k = 0; k < 16; k++) {
+        float zero[STRIP], inverse[STRIP];
         for (int r = 0; r < STRIP; r++) {
-            float determinant = (float)n * sqq[r] - sq[r] * sq[r];
-            float d = determinant > 0 ? ((float)n * swq[r] - sq[r] * sw[r]) / determinant : 0;
-            try.d[r] = from_half(to_half(d));
-            try.m[r] = from_half(to_half((sw[r] - try.d[r] * sq[r]) / (float)n));
+            float range = high[r] - low[r], cut = 0.04f * (float)(k / 4), left = 1 - cut - 0.04f * (float)(k % 4);
+            float extreme = low[r] + high[r] < 0 ? low[r] : high[r];
+            float place = (1 + step * (float)(3 - k / 2)) * (k % 2 ? -lowest : lowest);
+            zero[r] = minimum ? low[r] + cut * range : 0;
+            inverse[r] = minimum ? range > 0 ? highest / (left * range) : 0 : extreme * extreme > 0 ? place / extreme : 0;
         }
-        keep_better(w, n, &try, best, error);
+        for (int refits = 0; refits <= minimum; refits++) {
+            float sw[STRIP] = { 0 }, sq[STRIP] = { 0 }, swq[STRIP] = { 0 }, sqq[STRIP] = { 0 };
+            for (int i = 0; i < n; i++)
+                for (int r = 0; r < STRIP; r++) {
+                    float q = clamp(round_even(clamp((w[i][r] - zero[r]) * inverse[r], lowest - 1, highest + 1)), lowest, highest);
+                    try.q[i][r] = q;
+                    sw[r] += w[i][r];
+                    sq[r] += q;
+                    swq[r] += w[i][r] * q;
+                    sqq[r] += q * q;
+                }
+            for (int r = 0; r < STRIP; r++) {
+                float down = minimum ? (float)n * sqq[r] - sq[r] * sq[r] : sqq[r];
+                float up = minimum ? (float)n * swq[r] - sq[r] * sw[r] : swq[r];
+                try.d[r] = from_half(to_half(down > 0 ? up / down : 0));
+                zero[r] = try.m[r] = minimum ? from_half(to_half((sw[r] - try.d[r] * sq[r]) / (float)n)) : 0;
+                inverse[r] = try.d[r] * try.d[r] > 0 ? 1 / try.d[r] : 0;
+            }
+            keep_better(w, n, &try, best, error);
+        }
     }
 }
 
@@ -4463,28 +4474,24 @@ static void fit_q8(float w[GROUP][STRIP], int n, struct grid *best)
     }
 }
 
-/* If the stored type is itself a grid that `type` contains, that grid: no error is added. */
+/* If the stored group lies on a grid that `type` contains, that grid: no error is added. */
 static int exact_grid(const struct source *s, enum type type, int row, int group, int lane, struct grid *g)
 {
     const struct matrix *m = &s->m;
-    const unsigned char *b;
-    int shifted = 0, minimum = 0;   /* q runs from 0 with -8 to add; has a minimum */
+    int minimum, low = 0, high = 0;
     if (m->type == RAW) {
-        if (s->raw->decode != decode_q4_0 && s->raw->decode != decode_q4_1 && s->raw->decode != decode_q8_0)
+        void (*decode)(const unsigned char *, float *) = s->raw->decode;
+        if (decode != decode_q4_0 && decode != decode_q4_1 && decode != decode_q5_0 && decode != decode_q8_0)
             return 0;
-        b = m->data + ((size_t)row * (size_t)m->cols / GROUP + (size_t)group) * (size_t)s->raw->bytes;
-        shifted = s->raw->decode == decode_q4_0;
-        minimum = s->raw->decode == decode_q4_1;
-        if (s->raw->decode == decode_q8_0 && memchr(b + 2, 0x80, GROUP) && type != Q8)
-            return 0;
+        const unsigned char *b = m->data + ((size_t)row * (size_t)m->cols / GROUP + (size_t)group) * (size_t)s->raw->bytes;
+        minimum = decode == decode_q4_1;
         g->d[lane] = half_at(b);
         g->m[lane] = minimum ? half_at(b + 2) : 0;
         for (int i = 0; i < GROUP; i++)
-            g->q[i][lane] = s->raw->decode == decode_q8_0 ? (float)(int8_t)b[2 + i] :
-                (float)((i < 16 ? b[2 + 2 * minimum + i] & 15 : b[2 + 2 * minimum + i - 16] >> 4) - 8 * shifted);
+            g->q[i][lane] = (float)(decode == decode_q8_0 ? (int8_t)b[2 + i] : decode == decode_q5_0 ? five_bits(b + 2, b + 6, i) - 16
+                                    : minimum ? four_bits(b + 4, i) : four_bits(b + 2, i) - 8);
     } else if (m->type >= Q4) {
-        b = block_of(m, row / STRIP, group / 2);
-        shifted = m->type == Q4;
+        const unsigned char *b = block_of(m, row / STRIP, group / 2);
         minimum = m->type == Q4A;
         g->d[lane] = scale_of(b, m->type, row % STRIP, group % 2, 0);
         g->m[lane] = minimum ? scale_of(b, m->type, row % STRIP, group % 2, 1) : 0;
@@ -4493,91 +4500,200 @@ static int exact_grid(const struct source *s, enum type type, int row, int group
     } else {
         return 0;
     }
-    if (type == Q8)
-        return !minimum;
-    if (type == Q4)
-        return shifted;
-    if (shifted) {                  /* q4 as q4a: the shift becomes the minimum */
+    for (int i = 0; i < GROUP; i++) {
+        low = (int)g->q[i][lane] < low ? (int)g->q[i][lane] : low;
+        high = (int)g->q[i][lane] > high ? (int)g->q[i][lane] : high;
+    }
+    if (minimum || type == Q8)
+        return minimum == (type == Q4A);
+    if (type == Q4A && low >= -8 && high <= 7) { /* the shift becomes the minimum */
         g->m[lane] = -8 * g->d[lane];
         for (int i = 0; i < GROUP; i++)
             g->q[i][lane] += 8;
+        return from_half(to_half(g->m[lane])) == g->m[lane];
     }
-    return (shifted || minimum) && from_half(to_half(g->m[lane])) == g->m[lane];
+    return type != Q4A && low >= levels[type].low && high <= levels[type].high;
 }
 
-/* Places q, d and m of a group of a strip into its block. */
+/* Places q, d and m of a group of a strip into its block, which was zero. */
 static void place_group(unsigned char *block, enum type type, int group, const struct grid *g)
 {
-    unsigned char *scales = block + (type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2);
+    unsigned char *scales = block + quant_bytes(type) + group * 32;
     for (int r = 0; r < STRIP; r++) {
         uint16_t d = to_half(g->d[r]), m = to_half(g->m[r]);
         for (int i = 0; i < GROUP; i++) {
-            int q = (int)g->q[i][r] + (type == Q4 ? 8 : 0), column = group * GROUP + i;
+            int q = (int)g->q[i][r] + (type == Q4 ? 8 : type == Q6 ? 32 : 0), column = group * GROUP + i;
             if (type == Q8)
                 block[column / 4 * 64 + 4 * r + column % 4] = (unsigned char)q;
             else
-                block[(group * 4 + i / 8) * 64 + 4 * r + i % 4] |= (unsigned char)(i % 8 < 4 ? q : q << 4);
+                block[column / 8 * 64 + 4 * r + i % 4] |= (unsigned char)((q & 15) << (i % 8 < 4 ? 0 : 4));
+            if (type == Q6)
+                block[Q4_QUANTS + column / 16 * 64 + 4 * r + i % 4] |= (unsigned char)(q >> 4 << column / 4 % 4 * 2);
         }
-        memcpy(scales + group * 32 + 2 * r, &d, 2);
+        memcpy(scales + 2 * r, &d, 2);
         if (type == Q4A)
-            memcpy(scales + 64 + group * 32 + 2 * r, &m, 2);
+            memcpy(scales + SCALES + 2 * r, &m, 2);
     }
+}
+
+/* -- error feedback --
+
+   What an error of a weight costs depends on what it is multiplied with. Over the rows x of a text a row
+   of errors e = w - v costs the sum of (e . x)^2 = e H e^T, with H the sum of x^T x: errors of columns
+   that go together can cancel. So a group is packed for the least cost as all other columns are: first
+   from left to right, where those to come have no error yet, then again, with what they have become.
+   One lane is one row of the matrix; g = H e^T, half the slope of the cost, is kept up to date. Sums are
+   floats in a fixed order, so that the file is the same from every machine. */
+
+enum { SWEEPS = 4 };
+
+static int takes_feedback(enum type type) { return type == Q4 || type == Q4A || type == Q6; }
+
+/* The columns of a group one after another: each takes the level that is best as the others are.
+   v, g: their values and slopes; h: their part of H. */
+static void choose_levels(const struct kernels *kernels, enum type type, int n, float (*h)[GROUP], struct grid *grid,
+                          float (*v)[STRIP], float (*g)[STRIP])
+{
+    float inverse[STRIP], step[1][STRIP];
+    for (int r = 0; r < STRIP; r++)
+        inverse[r] = grid->d[r] * grid->d[r] > 0 ? 1 / grid->d[r] : 0;
+    for (int j = 0; j < n; j++) {
+        float freedom = 1 / h[j][j], low = levels[type].low, high = levels[type].high;
+        for (int r = 0; r < STRIP; r++) {
+            float q = (v[j][r] + g[j][r] * freedom - grid->m[r]) * inverse[r];
+            grid->q[j][r] = clamp(round_even(clamp(q, low - 1, high + 1)), low, high);
+            step[0][r] = grid->q[j][r] * grid->d[r] + grid->m[r] - v[j][r];
+            v[j][r] += step[0][r];
+        }
+        kernels->feed_back(g, &h[0][j], GROUP, n, step, 1);
+    }
+}
+
+/* The best scale (and minimum) for the levels as they are. */
+static void refit(const struct kernels *kernels, enum type type, int n, float (*h)[GROUP], struct grid *grid,
+                  float (*v)[STRIP], float (*g)[STRIP])
+{
+    float hq[GROUP][STRIP] = { 0 }, sum = 0;                        /* -H q; 1 H 1 */
+    float qhq[STRIP] = { 0 }, hq1[STRIP] = { 0 }, gq[STRIP] = { 0 }, g1[STRIP] = { 0 };
+    kernels->feed_back(hq, h[0], GROUP, n, grid->q, n);
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < n; j++)
+            sum += h[i][j];
+        for (int r = 0; r < STRIP; r++) {
+            qhq[r] -= hq[i][r] * grid->q[i][r];
+            hq1[r] -= hq[i][r];
+            gq[r] += g[i][r] * grid->q[i][r];
+            g1[r] += g[i][r];
+        }
+    }
+    for (int r = 0; r < STRIP; r++) {
+        float d = grid->d[r], up = gq[r], down = qhq[r], least = 0;
+        if (type == Q4A) {
+            least = 1e-5f * down * sum;     /* all levels alike: any scale would do */
+            up = up * sum - hq1[r] * g1[r];
+            down = down * sum - hq1[r] * hq1[r];
+        }
+        grid->d[r] = from_half(to_half(down > least ? d + up / down : d));
+        if (type == Q4A)
+            grid->m[r] = from_half(to_half(grid->m[r] + (g1[r] - hq1[r] * (grid->d[r] - d)) / sum));
+        for (int i = 0; i < n; i++)
+            v[i][r] = grid->q[i][r] * grid->d[r] + grid->m[r];
+    }
+}
+
+/* Improves the grids of a strip. v [cols][16]: its weights, and afterwards what they became; g [cols][16]: zeros. */
+static void feed_back(const struct kernels *kernels, enum type type, const float *hessian, int cols, struct grid *grids,
+                      float (*v)[STRIP], float (*g)[STRIP])
+{
+    for (int sweep = 0; sweep < SWEEPS; sweep++)
+        for (int first = 0; first < cols; first += GROUP) {
+            int n = cols - first < GROUP ? cols - first : GROUP;
+            float h[GROUP][GROUP], slope[GROUP][STRIP], change[GROUP][STRIP];
+            for (int i = 0; i < n; i++)
+                memcpy(h[i], hessian + (size_t)(first + i) * (size_t)cols + first, (size_t)n * sizeof(float));
+            memcpy(slope, g + first, (size_t)n * sizeof *slope);
+            memcpy(change, v + first, (size_t)n * sizeof *change);
+            choose_levels(kernels, type, n, h, &grids[first / GROUP], v + first, slope);
+            refit(kernels, type, n, h, &grids[first / GROUP], v + first, slope);
+            for (int i = 0; i < n; i++)
+                for (int r = 0; r < STRIP; r++)
+                    change[i][r] = v[first + i][r] - change[i][r];
+            kernels->feed_back(g, hessian + first, (size_t)cols, cols, change, n);
+        }
+}
+
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int number)
+{
+    (void)number;
+    interrupted = 1;
 }
 
 struct packing {                    /* a matrix on its way from one type to another */
     struct source source;
     enum type type;
+    const struct kernels *kernels;
+    const float *hessian;           /* [cols, cols] of its input, or NULL */
     unsigned char *out;             /* strips [first, end) */
     int first, end;
     struct team *team;
-    float *rows;                    /* [threads][STRIP][padded cols] */
+    float *rows;                    /* [threads][3][STRIP][padded cols] */
+    struct grid *grids;             /* [threads][groups] */
     double *error, *square;         /* [strips] sums of (w - packed w)^2 and of w^2 */
     atomic_int bad;                 /* 1 + a row with a weight that is not finite */
 };
 
-static void pack_strip(struct packing *p, int strip, float *rows, unsigned char *out)
+static void pack_strip(struct packing *p, int strip, float *rows, struct grid *grids, unsigned char *out)
 {
     const struct matrix *m = &p->source.m;
     size_t width = blocks(m->cols) * BLOCK;
-    memset(rows, 0, STRIP * width * sizeof *rows);
+    float (*w)[STRIP] = (float (*)[STRIP])(rows + STRIP * width), (*g)[STRIP] = w + width; /* [width] */
+    int lost = 0;                   /* groups that were fitted */
+    memset(rows, 0, 3 * STRIP * width * sizeof *rows);
     memset(out, 0, matrix_bytes(p->type, STRIP, m->cols));
     for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++) {
         decode_row(&p->source, strip * STRIP + r, rows + (size_t)r * width);
-        for (int i = 0; i < m->cols; i++)
-            if (!(rows[(size_t)r * width + (size_t)i] * 0 == 0))
+        for (int i = 0; i < m->cols; i++) {
+            w[i][r] = rows[(size_t)r * width + (size_t)i];
+            if (!(w[i][r] * 0 == 0))
                 p->bad = strip * STRIP + r + 1;
+        }
     }
     for (int group = 0; group < 2 * (int)blocks(m->cols); group++) {
-        struct grid g = { 0 };
-        float w[GROUP][STRIP];
         int exact = group * GROUP + (m->type < Q4 || m->type == RAW ? GROUP : 1) <= m->cols; /* packed ones are padded */
-        for (int r = 0; r < STRIP; r++)
-            for (int i = 0; i < GROUP; i++)
-                w[i][r] = rows[(size_t)r * width + (size_t)(group * GROUP + i)];
+        memset(&grids[group], 0, sizeof *grids);
         for (int r = 0; r < STRIP && exact; r++)
             if (strip * STRIP + r < m->rows)
-                exact = exact_grid(&p->source, p->type, strip * STRIP + r, group, r, &g);
-        if (!exact) {
-            int left = m->cols - group * GROUP;
-            memset(&g, 0, sizeof g);
-            if (left > 0)
-                (p->type == Q4 ? fit_q4 : p->type == Q4A ? fit_q4a : fit_q8)(w, left < GROUP ? left : GROUP, &g);
-        }
-        place_group(out + (size_t)(group / 2) * matrix_bytes(p->type, STRIP, BLOCK), p->type, group % 2, &g);
+                exact = exact_grid(&p->source, p->type, strip * STRIP + r, group, r, &grids[group]);
+        int left = m->cols - group * GROUP, n = left < GROUP ? left : GROUP;
+        if (exact || n <= 0)
+            continue;
+        lost++;
+        memset(&grids[group], 0, sizeof *grids);
+        p->type == Q8 ? fit_q8(w + group * GROUP, n, &grids[group]) : fit(w + group * GROUP, n, p->type, &grids[group]);
+    }
+    if (p->hessian && lost && !p->bad)
+        feed_back(p->kernels, p->type, p->hessian, m->cols, grids, w, g);
+    for (int group = 0; group < 2 * (int)blocks(m->cols); group++) {
+        const struct grid *q = &grids[group];
+        place_group(out + (size_t)(group / 2) * matrix_bytes(p->type, STRIP, BLOCK), p->type, group % 2, q);
         for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++)
             for (int i = 0; i < GROUP && group * GROUP + i < m->cols; i++) {
-                double e = (double)w[i][r] - (double)fma_(g.q[i][r], g.d[r], g.m[r]);
+                double x = (double)rows[(size_t)r * width + (size_t)(group * GROUP + i)];
+                double e = x - (double)fma_(q->q[i][r], q->d[r], q->m[r]);
                 p->error[strip] += e * e;
-                p->square[strip] += (double)w[i][r] * (double)w[i][r];
+                p->square[strip] += x * x;
             }
     }
 }
 
 /* Rows of a strip to a float type. */
-static void convert_strip(struct packing *p, int strip, float *rows, unsigned char *out)
+static void convert_strip(struct packing *p, int strip, float *rows, struct grid *grids, unsigned char *out)
 {
     const struct matrix *m = &p->source.m;
     for (int r = 0; r < STRIP && strip * STRIP + r < m->rows; r++) {
+        (void)grids;
         decode_row(&p->source, strip * STRIP + r, rows);
         for (int i = 0; i < m->cols; i++) {
             float x = rows[i], back = x;
@@ -4602,21 +4718,14 @@ static void pack(void *context, int me)
     struct packing *p = context;
     int begin, end;
     size_t width = blocks(p->source.m.cols) * BLOCK;
-    while (next_piece(p->team, me, p->end - p->first, 1, &begin, &end))
-        (p->type >= Q4 ? pack_strip : convert_strip)(p, p->first + begin, p->rows + (size_t)me * STRIP * width,
-                                                     p->out + matrix_bytes(p->type, STRIP, p->source.m.cols) * (size_t)begin);
+    while (!interrupted && next_piece(p->team, me, p->end - p->first, 1, &begin, &end))
+        (p->type >= Q4 ? pack_strip : convert_strip)(
+            p, p->first + begin, p->rows + (size_t)me * 3 * STRIP * width, p->grids + (size_t)me * (width / GROUP),
+            p->out + matrix_bytes(p->type, STRIP, p->source.m.cols) * (size_t)begin);
     barrier(p->team);
 }
 
 /* -- writing a model file -- */
-
-static volatile sig_atomic_t interrupted;
-
-static void on_interrupt(int number)
-{
-    (void)number;
-    interrupted = 1;
-}
 
 struct text {                       /* a string that grows; `broken` once memory ran out */
     char *data;
@@ -4691,6 +4800,8 @@ static void text_json(struct text *t, const char *data, size_t length)
 struct planned {                    /* a tensor of the file to be written */
     const struct tensor *tensor;
     enum type type;                 /* if it is a matrix; RAW: copy the bytes */
+    enum type from;                 /* of a matrix: what it is, and its shape */
+    int rows, cols;
     size_t size, crc_at;            /* crc_at: where its checksum stands in the header */
 };
 
@@ -4708,6 +4819,44 @@ static enum type planned_type(const struct source *s, const char *name, int auto
         return s->m.type == RAW ? s->raw->packed : s->m.type;
     int end = !strcmp(name, "token_embd.weight") || !strcmp(name, "output.weight");
     return end && (type == Q4 || type == Q4A) ? Q8 : type;
+}
+
+/* Which matrices deserve more bits: 0 the most. Every logit depends on the output matrix, all that follows on the
+   first layer's attention and down projection; keys and values are small and shared by query heads. */
+static int deserves(struct container *c, const char *name)
+{
+    int number = strncmp(name, "blk.", 4) ? 0 : (int)strcspn(name + 4, "."), first = !strncmp(name, "blk.0.", 6);
+    const char *kind = number ? name + 4 + number : name;
+    if (!strcmp(kind, find_tensor(c, "output.weight") ? "output.weight" : "token_embd.weight"))
+        return 0;
+    if (!strncmp(kind, ".attn_", 6) && first)
+        return 1;
+    if (!strcmp(kind, ".ffn_down.weight"))
+        return first ? 2 : 4;
+    return !strcmp(kind, ".attn_v.weight") || !strcmp(kind, ".attn_k.weight") ? 3 : 5;
+}
+
+/* q4, then q6, then q8 for the most deserving, as far as an average of so many bits a weight allows. */
+static void spend_bits(struct planned *plan, int n, struct container *c, double bits)
+{
+    double left = 0;                /* bytes; padding counts as weights */
+    for (int i = 0; i < n; i++)
+        if (plan[i].rows) {
+            plan[i].type = Q4;
+            left += (bits / 4.5 - 1) * (double)matrix_bytes(Q4, plan[i].rows, plan[i].cols);
+        }
+    for (int step = 0; step < 12; step++)
+        for (int i = 0; i < n; i++) {
+            struct planned *p = &plan[i];
+            enum type better = step < 6 ? Q6 : Q8;
+            if (!p->rows || deserves(c, p->tensor->name) != step % 6)
+                continue;
+            double more = (double)matrix_bytes(better, p->rows, p->cols) - (double)matrix_bytes(p->type, p->rows, p->cols);
+            if (more < left + 0.5) {
+                left -= more;
+                p->type = better;
+            }
+        }
 }
 
 static int is_pad(const char *name) { return !strncmp(name, "pad.", 4); }
@@ -4791,10 +4940,11 @@ static int write_matrix(FILE *file, struct packing *p, uint32_t *crc, run_error 
     int most = (int)((size_t)(16 << 20) / strip_bytes) + p->team->size; /* strips at a time */
     most = most < total ? most : total;
     p->out = malloc(strip_bytes * (size_t)most);
-    p->rows = malloc((size_t)p->team->size * STRIP * width * sizeof *p->rows);
+    p->rows = malloc((size_t)p->team->size * 3 * STRIP * width * sizeof *p->rows);
+    p->grids = malloc((size_t)p->team->size * (width / GROUP) * sizeof *p->grids);
     p->error = calloc((size_t)total, sizeof *p->error);
     p->square = calloc((size_t)total, sizeof *p->square);
-    if (!p->out || !p->rows || !p->error || !p->square) {
+    if (!p->out || !p->rows || !p->grids || !p->error || !p->square) {
         fail(error, "out of memory for tensor %.100s", name);
     } else {
         for (p->first = 0; p->first < total; p->first = p->end) {
@@ -4816,13 +4966,174 @@ static int write_matrix(FILE *file, struct packing *p, uint32_t *crc, run_error 
     return failed;
 }
 
+/* -- statistics: H of the inputs of matrices, as many at a time as there is room for -- */
+
+enum { INPUTS = 4, FEWEST = 256 };  /* of a layer's matrices; tokens that are worth a sum */
+
+struct site {                       /* one input, of `width` columns */
+    int width;
+    float *rows;                    /* [width, window] the latest tokens, one a column */
+    float *hessian;                 /* [width, width], or NULL: not collected at present */
+};
+
+struct statistics {
+    run_session *session;
+    int *ids, n_ids;                /* of the text */
+    int window;                     /* tokens that are read together */
+    int n_sites;
+    struct site *sites;             /* [layers INPUTS + 1], the output matrix's last */
+};
+
+/* The site of a matrix's input, or -1: an embedding that is not the output matrix has none. */
+static int site_of(const struct run_model *m, const char *name)
+{
+    static const struct { const char *matrix; int input; } all[] = {
+        { "attn_q", 0 }, { "attn_k", 0 }, { "attn_v", 0 }, { "attn_output", 1 },
+        { "ffn_gate", 2 }, { "ffn_up", 2 }, { "ffn_down", 3 },
+    };
+    if (!strcmp(name, m->output.data == m->embedding.data ? "token_embd.weight" : "output.weight"))
+        return m->config.layers * INPUTS;
+    for (int i = 0; i < 7 * m->config.layers; i++) {
+        char expected[80];
+        snprintf(expected, sizeof expected, "blk.%d.%s.weight", i / 7, all[i % 7].matrix);
+        if (!strcmp(name, expected))
+            return i / 7 * INPUTS + all[i % 7].input;
+    }
+    return -1;
+}
+
+static void keep_row(void *context, const char *point, int layer, const float *values, int position, int width)
+{
+    static const char *const points[] = { "attn_norm", "attn", "ffn_norm", "ffn" };
+    struct statistics *s = context;
+    int input = 0;
+    while (input < INPUTS && strcmp(point, points[input]))
+        input++;
+    if (input == INPUTS && strcmp(point, "norm"))
+        return;
+    struct site *site = &s->sites[input < INPUTS ? layer * INPUTS + input : s->n_sites - 1];
+    for (int i = 0; site->hessian && i < width; i++)
+        site->rows[(size_t)i * (size_t)s->window + (size_t)position] = values[i];
+}
+
+/* H += x^T x below and at the diagonal, a matrix product like any other. */
+static void add_products(void *context, int me)
+{
+    struct statistics *s = context;
+    struct team *team = s->session->pass->team;
+    int total = 0, begin, end;
+    for (int i = 0; i < s->n_sites; i++)
+        total += (int)strips(s->sites[i].width);
+    while (next_piece(team, me, total, 1, &begin, &end)) {
+        const struct site *site = s->sites;
+        int strip = begin;
+        for (; strip >= (int)strips(site->width); site++)
+            strip -= (int)strips(site->width);
+        const struct matrix x = { (const unsigned char *)site->rows, F32, site->width, s->window };
+        const struct input in = { .x = site->rows, .stride = (size_t)s->window, .n = site->width, .cols = s->window };
+        for (int first = strip * STRIP; first < site->width; first += TILE) {
+            float tile[TILE * STRIP], *h = site->hessian + (size_t)first * (size_t)site->width + strip * STRIP;
+            int n = site->width - first < TILE ? site->width - first : TILE;
+            s->session->model->kernels->matmul[F32](tile, &x, strip, &in, first, n);
+            for (int r = 0; r < n; r++, h += site->width)
+                for (int i = 0; i < STRIP && strip * STRIP + i < site->width; i++)
+                    h[i] += tile[r * STRIP + i];
+        }
+    }
+    barrier(team);
+}
+
+/* Reads the text once, in windows. */
+static int read_text(struct statistics *s, run_error *error)
+{
+    int bos = s->window > 1 ? run_bos(s->session->model) : -1, n;
+    for (int at = 0; at < s->n_ids; at += n) {
+        if (interrupted)
+            return fail(error, "interrupted");
+        if (isatty(2))
+            fprintf(stderr, "\r%3d %%  %-40s", (int)(100.0 * at / s->n_ids), "reading the text");
+        for (int i = 0; i < s->n_sites; i++)
+            if (s->sites[i].hessian)
+                memset(s->sites[i].rows, 0, (size_t)s->sites[i].width * (size_t)s->window * sizeof(float));
+        n = s->window - (bos >= 0);
+        n = n < s->n_ids - at ? n : s->n_ids - at;
+        if (run_rewind(s->session, 0, error) || (bos >= 0 && eval(s->session, &bos, 1, 0, error)) ||
+            eval(s->session, s->ids + at, n, 0, error))
+            return -1;
+        team_run(s->session->pass->team, 0, add_products, s);
+    }
+    return 0;
+}
+
+/* Both halves, relative to the mean of the diagonal, to which a part of it is added: a text is only a
+   sample, and a tied matrix is an embedding too. */
+static int finish_site(struct site *site, float damping, run_error *error)
+{
+    double sum = 0;
+    size_t n = (size_t)site->width;
+    for (size_t i = 0; i < n; i++)
+        sum += (double)site->hessian[i * n + i];
+    float scale = sum > 0 ? (float)((double)n / sum) : 0;
+    if (!(sum * 0 == 0) || !(scale * 0 == 0))
+        return fail(error, "the activations of this text are not finite or too large for statistics; pack without -f");
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j <= i; j++)
+            site->hessian[i * n + j] = site->hessian[j * n + i] = site->hessian[i * n + j] * scale + (i == j ? damping : 0);
+    return 0;
+}
+
+/* Collects for plan[first] and as many matrices behind it as there is room for. */
+static int collect_sites(struct statistics *s, const struct planned *plan, int first, int n, run_error *error)
+{
+    const struct run_model *m = s->session->model;
+    const size_t most = (size_t)1 << 30;
+    size_t bytes = 0;
+    int tied = m->output.data == m->embedding.data;
+    for (int i = 0; i < s->n_sites; i++) {
+        free(s->sites[i].rows);
+        free(s->sites[i].hessian);
+        s->sites[i] = (struct site){ 0 };
+    }
+    for (int k = first; k < n; k++) {
+        int i = takes_feedback(plan[k].type) ? site_of(m, plan[k].tensor->name) : -1;
+        if (i < 0 || s->sites[i].hessian)
+            continue;
+        int width = i % INPUTS == 1 ? m->config.heads * m->config.hd : i % INPUTS == 3 ? m->config.hidden : m->config.dim;
+        size_t more = (size_t)width * (size_t)(width + s->window) * sizeof(float);
+        if (bytes && bytes + more > most)
+            break;
+        bytes += more;
+        s->sites[i] = (struct site){ width, calloc((size_t)width * (size_t)s->window, sizeof(float)),
+                                     calloc((size_t)width * (size_t)width, sizeof(float)) };
+        if (!s->sites[i].rows || !s->sites[i].hessian)
+            return fail(error, "out of memory for statistics of %d columns", width);
+    }
+    run_observe(s->session, keep_row, s);
+    int failed = read_text(s, error);
+    run_observe(s->session, NULL, NULL);
+    for (int i = 0; i < s->n_sites && !failed; i++)
+        if (s->sites[i].hessian)
+            failed = finish_site(&s->sites[i], i == s->n_sites - 1 && tied ? 0.3f : 0.1f, error);
+    return failed;
+}
+
+/* H of a matrix's input, or NULL if there is none. */
+static int find_hessian(struct statistics *s, const struct planned *plan, int k, int n, const float **hessian, run_error *error)
+{
+    int i = s && takes_feedback(plan[k].type) ? site_of(s->session->model, plan[k].tensor->name) : -1;
+    if (i >= 0 && !s->sites[i].hessian && collect_sites(s, plan, k, n, error))
+        return -1;
+    *hessian = i >= 0 ? s->sites[i].hessian : NULL;
+    return 0;
+}
+
 struct tally {                      /* of matrices that changed their type */
     double error, square;
     int n;
 };
 
 static int write_tensors(FILE *file, const struct container *c, struct planned *plan, int n, struct text *header,
-                         struct team *team, struct tally tally[RAW + 1][N_TYPES], run_error *error)
+                         struct team *team, struct statistics *statistics, struct tally tally[RAW + 1][N_TYPES], run_error *error)
 {
     uint64_t length = header->n;
     size_t offset = 0;
@@ -4840,8 +5151,9 @@ static int write_tensors(FILE *file, const struct container *c, struct planned *
                 return fail(error, "cannot write: %s", strerror(errno));
         } else {
             struct packing p = { .type = plan[i].type, .team = team };
-            if (source_open(&p.source, c, t, error))
+            if (source_open(&p.source, c, t, error) || find_hessian(statistics, plan, i, n, &p.hessian, error))
                 return -1;
+            p.kernels = statistics ? statistics->session->model->kernels : NULL;
             int failed = write_matrix(file, &p, &crc, error, t->name);
             struct tally *sums = &tally[p.source.m.type][p.type];
             for (int k = 0; k < (int)strips(p.source.m.rows) && !failed; k++) {
@@ -4851,6 +5163,7 @@ static int write_tensors(FILE *file, const struct container *c, struct planned *
             sums->n++;
             free(p.out);
             free(p.rows);
+            free(p.grids);
             free(p.error);
             free(p.square);
             if (failed)
@@ -4879,7 +5192,7 @@ static int by_offset(const void *a, const void *b)
 
 /* A temporary file beside `out`, renamed when it is whole. */
 static int write_model(const char *out, const struct container *c, struct planned *plan, int n, int threads,
-                       struct tally tally[RAW + 1][N_TYPES], run_error *error)
+                       struct statistics *statistics, struct tally tally[RAW + 1][N_TYPES], run_error *error)
 {
     struct text header = { 0 };
     struct team team;
@@ -4895,7 +5208,7 @@ static int write_model(const char *out, const struct container *c, struct planne
     FILE *file = fopen(temporary, "wb");
     int failed = file ? 0 : fail(error, "cannot create %.300s: %s", temporary, strerror(errno));
     if (!failed && !(failed = team_open(&team, threads, error))) {
-        failed = write_tensors(file, c, plan, n, &header, &team, tally, error);
+        failed = write_tensors(file, c, plan, n, &header, &team, statistics, tally, error);
         team_close(&team);
     }
     if (file && fclose(file) && !failed)
@@ -4923,7 +5236,8 @@ static int write_model(const char *out, const struct container *c, struct planne
      halves      LANES half-precision numbers as floats; shifted: LANES bfloat16 ones
      dot_u4      32 columns: eight vectors of 4-bit weights (one lane = one row, 4 columns each)
                  times 32 int8 activations, summed exactly
-     dot_i8      the same for 8-bit weights
+     dot_u6      the same for 6-bit weights
+     dot_i8      the same for 8-bit weights, with a sign
 
    A packed kernel keeps one lane per row. It takes a group of 32 columns of its rows into eight
    registers once, and multiplies them with every token of the tile, so that a token more costs
@@ -4943,9 +5257,11 @@ TARGET_BEGIN(KERNELS_TARGET)
 
 #define vf SET(vf)      /* LANES floats */
 #define vi SET(vi)      /* LANES 32-bit integers */
+#define vu SET(vu)      /* the same without sign */
 #define vb SET(vb)      /* as many bytes */
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef uint8_t vb __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 
 /* x in every lane. (x + 0 would do, but costs an addition: -0 + 0 is +0.) */
@@ -5004,6 +5320,19 @@ INLINE vi SET(dot_u4)(const vb w[8], const int8_t *x, int32_t sum)
     return (vi)_mm256_madd_epi16(s, _mm256_set1_epi16(1));
 }
 
+/* 6-bit weights leave room for two of its sums: 4 products of at most 63 * 127 are 32004. */
+INLINE vi SET(dot_u6)(const vb w[8], const int8_t *x, int32_t sum)
+{
+    __m256i s = _mm256_setzero_si256();
+    (void)sum;
+    for (int i = 0; i < 8; i += 2) {
+        __m256i four = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w[i], (__m256i)SET(four)(x + 4 * i)),
+                                        _mm256_maddubs_epi16((__m256i)w[i + 1], (__m256i)SET(four)(x + 4 * i + 4)));
+        s = _mm256_add_epi32(s, _mm256_madd_epi16(four, _mm256_set1_epi16(1)));
+    }
+    return (vi)s;
+}
+
 /* 8-bit weights do not: |w| as the unsigned factor, the sign moved to x, and 32 bits at once
    (two products are at most 2 * 128 * 127 = 32512). */
 INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
@@ -5037,6 +5366,8 @@ INLINE vi SET(dot_u4)(const vb w[8], const int8_t *x, int32_t sum)
     }
     return s + t;
 }
+#define dot_u6_AVX512 dot_u4_AVX512
+#define dot_u6_AVXVNNI dot_u4_AVXVNNI
 
 /* Signed weights become unsigned by adding 128, which adds 128 times the sum of x. */
 INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
@@ -5071,6 +5402,7 @@ INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
     return (vi)vaddq_s32(s, t);
 }
 #define dot_u4_DOTPROD dot_i8_DOTPROD
+#define dot_u6_DOTPROD dot_i8_DOTPROD
 
 #elif defined KERNELS_NEON
 
@@ -5087,6 +5419,7 @@ INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
     return (vi)vpaddq_s32(low, high);
 }
 #define dot_u4_NEON dot_i8_NEON
+#define dot_u6_NEON dot_i8_NEON
 
 #endif
 
@@ -5098,16 +5431,15 @@ INLINE vf SET(floats)(vi x) { return __builtin_convertvector(x, vf); }
 INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0,
                         const int n, const enum type type)
 {
-    const int block_bytes = type == Q4 ? Q4_BLOCK : type == Q4A ? Q4A_BLOCK : Q8_BLOCK;
-    const int quants = type == Q8 ? STRIP * BLOCK : STRIP * BLOCK / 2;
+    const int bytes_each = block_bytes(type), zero = type == Q4 ? 8 : type == Q6 ? 32 : 0;
     const int n_blocks = (int)blocks(w->cols);
-    const unsigned char *block = w->data + (size_t)strip * (size_t)n_blocks * (size_t)block_bytes;
+    const unsigned char *block = w->data + (size_t)strip * (size_t)n_blocks * (size_t)bytes_each;
     vf acc[PARTS][8];
     for (int part = 0; part < PARTS; part++)
         for (int r = 0; r < n; r++)
             acc[part][r] = (vf){ 0 };
-    for (int b = 0; b < n_blocks; b++, block += block_bytes) {
-        for (int line = 0; line < block_bytes; line += 64)
+    for (int b = 0; b < n_blocks; b++, block += bytes_each) {
+        for (int line = 0; line < bytes_each; line += 64)
             __builtin_prefetch(block + PREFETCH + line);
         for (int group = 0; group < 2; group++) {
             size_t at = (size_t)(2 * b + group) * (size_t)x->n + (size_t)r0;
@@ -5116,7 +5448,8 @@ INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const st
             const int32_t *sum = x->sum + at;
             for (int part = 0; part < PARTS; part++) {
                 const unsigned char *line = block + part * 4 * LANES + group * (type == Q8 ? 512 : 256);
-                const unsigned char *scales = block + quants + group * 32 + part * 2 * LANES;
+                const unsigned char *upper = block + Q4_QUANTS + part * 4 * LANES + group * 128;
+                const unsigned char *scales = block + quant_bytes(type) + group * 32 + part * 2 * LANES;
                 vb weights[8];      /* [columns 4 i ..][row, column] */
                 for (int i = 0; i < (type == Q8 ? 8 : 4); i++) {
                     vb bytes = *(const vb *)(line + 64 * i);
@@ -5127,13 +5460,21 @@ INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const st
                         weights[2 * i + 1] = bytes >> 4;
                     }
                 }
-                vf d = SET(halves)(scales), m = type == Q4A ? SET(halves)(scales + 64) : (vf){ 0 };
+                for (int i = 0; type == Q6 && i < 8; i += 4) { /* bits that cross to another byte are masked */
+                    vu two = *(const vu *)(upper + 16 * i);
+                    weights[i] |= (vb)(two << 4) & 48;
+                    weights[i + 1] |= (vb)(two << 2) & 48;
+                    weights[i + 2] |= (vb)two & 48;
+                    weights[i + 3] |= (vb)(two >> 2) & 48;
+                }
+                vf d = SET(halves)(scales), m = type == Q4A ? SET(halves)(scales + SCALES) : (vf){ 0 };
                 __asm__ volatile("" ::: "memory"); /* or the compiler keeps all of q for the next part */
                 for (int r = 0; r < n; r++) {
                     vi isum = type == Q8 ? SET(dot_i8)(weights, q + GROUP * r, sum[r])
+                            : type == Q6 ? SET(dot_u6)(weights, q + GROUP * r, sum[r])
                                          : SET(dot_u4)(weights, q + GROUP * r, sum[r]);
-                    if (type == Q4)
-                        isum -= 8 * sum[r];
+                    if (zero)
+                        isum -= zero * sum[r];
                     acc[part][r] = SET(fma_v)(SET(floats)(isum), d * scale[r], acc[part][r]);
                     if (type == Q4A)
                         acc[part][r] = SET(fma_v)(m, SET(all)(offset[r]), acc[part][r]);
@@ -5164,6 +5505,7 @@ INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const st
     }
 PACKED(matmul_q4, Q4)
 PACKED(matmul_q4a, Q4A)
+PACKED(matmul_q6, Q6)
 PACKED(matmul_q8, Q8)
 #undef PACKED
 
@@ -5367,6 +5709,20 @@ ATTEND(attend_f16, 0)
 ATTEND(attend_f32, 1)
 #undef ATTEND
 
+static void SET(feed_back)(float (*g)[STRIP], const float *h, size_t stride, int rows, float (*delta)[STRIP], int n)
+{
+    for (int i = 0; i < rows; i++, h += stride) {
+        vf s[PARTS];
+        for (int part = 0; part < PARTS; part++)
+            s[part] = *(const vf *)(g[i] + part * LANES);
+        for (int j = 0; j < n; j++)
+            for (int part = 0; part < PARTS; part++)
+                s[part] -= SET(all)(h[j]) * *(const vf *)(delta[j] + part * LANES);
+        for (int part = 0; part < PARTS; part++)
+            *(vf *)(g[i] + part * LANES) = s[part];
+    }
+}
+
 #define REST(name) SET(name)
 #else
 #define REST(name) JOIN(name, KERNELS_REST)
@@ -5374,9 +5730,10 @@ ATTEND(attend_f32, 1)
 
 static const struct kernels SET(kernels) = {
     KERNELS_NAME,
-    { REST(matmul_f32), REST(matmul_f16), REST(matmul_bf16), SET(matmul_q4), SET(matmul_q4a), SET(matmul_q8) },
+    { REST(matmul_f32), REST(matmul_f16), REST(matmul_bf16), SET(matmul_q4), SET(matmul_q4a),
+      SET(matmul_q6), SET(matmul_q8) },
     REST(rmsnorm), REST(quantize), REST(glu), REST(rope),
-    { REST(attend_f16), REST(attend_f32) }, REST(exp_sum), REST(read),
+    { REST(attend_f16), REST(attend_f32) }, REST(exp_sum), REST(feed_back), REST(read),
 };
 
 #undef REST
@@ -5389,6 +5746,7 @@ static const struct kernels SET(kernels) = {
 #undef ABREAST
 #undef vf
 #undef vi
+#undef vu
 #undef vb
 #undef INSTANTIATE_SET
 #undef RUN_KERNELS
@@ -5551,7 +5909,7 @@ static const char usage_text[] =
     "\n"
     "text\n"
     "  -i TEXT               prompt, byte for byte\n"
-    "  -f FILE               prompt from a file (- for standard input)\n"
+    "  -f FILE               prompt from a file (- for standard input); quantize: see below\n"
     "  -y TEXT               system prompt (chat; default: the model's own)\n"
     "  -n N                  tokens to generate, 0: until the context is full (generate 256, chat 0)\n"
     "  --stop TEXT           end before this text; may be repeated\n"
@@ -5584,11 +5942,17 @@ static const char usage_text[] =
     "output\n"
     "  --json                one JSON object on standard output\n"
     "  --logprobs K          with --json: log-probabilities of each token and the K best\n"
-    "  --type TYPE           quantize: auto, q4, q4a, q8, f16, bf16, f32 (auto: exact where it can be)\n"
     "  --verify              info: check the checksums of all tensors\n"
     "  --compare WHAT        bench: context, isa or threads: speed at each length, set or number\n"
-    "  -o FILE               quantize: the file to write\n"
     "  -h                    this text\n"
+    "\n"
+    "quantize\n"
+    "  -o FILE               the file to write\n"
+    "  --type TYPE           auto, q4, q4a, q6, q8, f16, bf16, f32 (auto: exact where it can be)\n"
+    "  --bits NUMBER         in place of --type: q4, q6 and q8 where they help most, an average of at most\n"
+    "                        so many bits a weight (4.5 to 8.5; 5 is a good choice)\n"
+    "  -f FILE               a text like those to come: errors that matter in it are kept small. -n tokens of\n"
+    "                        it are used (8192), in windows of -c (512)\n"
     "\n"
     "environment: RUN_ISA forces an instruction set (info shows them)\n";
 
@@ -5598,6 +5962,7 @@ enum mode { GENERATE, CHAT, PERPLEXITY, TOKENIZE, INFO, BENCH, QUANTIZE };      
 struct options {
     const char *model, *prompt, *prompt_file, *system, *output, *seed, *corpus, *shard_text, *draft_text, *stops[MAX_STOPS];
     int mode, n_stops, special, no_echo, json, verify, tokens, context, threads, kv_f32, logprobs, type, draft, draft_max, compare, samples, shard, shards;
+    float bits;
     run_sampling sampling;
 };
 
@@ -5622,7 +5987,7 @@ static int failure(const run_error *error)
 }
 
 static const char *const mode_names[] = { "generate", "chat", "perplexity", "tokenize", "info", "bench", "quantize", NULL };
-static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q8", NULL };
+static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q6", "q8", NULL };
 static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", "lookup", "heads", NULL };
 static const char *const compare_names[] = { "nothing", "context", "isa", "threads", NULL };
 enum { BY_CONTEXT = 1, BY_ISA, BY_THREADS };
@@ -5661,6 +6026,7 @@ static const struct option {
     { "--json", FLAG, PLACE(json), 0, 0, NULL },
     { "--logprobs", WHOLE, PLACE(logprobs), 0, INT_MAX, NULL },
     { "--type", WORD, PLACE(type), 0, 0, target_names },
+    { "--bits", NUMBER, PLACE(bits), 4.5, 8.5, NULL },
     { "--verify", FLAG, PLACE(verify), 0, 0, NULL },
     { "-o", TEXT, PLACE(output), 0, 0, NULL },
 #undef PLACE
@@ -7363,12 +7729,58 @@ static int mode_bench(const struct options *o, run_session *s, run_error *error)
 
 /* -- quantize -- */
 
+/* Prepares statistics over the text of -f: windows of it, spread evenly, about as many tokens as -n. */
+static int statistics_open(struct statistics *s, const struct options *o, run_error *error)
+{
+    struct text t = { 0 };
+    run_model *m = run_open(o->model, error);
+    if (!m)
+        return -1;
+    int window = o->context ? o->context : m->config.context < 512 ? m->config.context : 512;
+    int most = o->tokens > 0 ? o->tokens : 8192, piece = run_bos(m) >= 0 && window > 1 ? window - 1 : window;
+    *s = (struct statistics){ .window = window, .n_sites = m->config.layers * INPUTS + 1 };
+    int failed = read_prompt(o, &t, error) || (s->n_ids = prompt_ids(m, &t, o->special, 0, &s->ids, error)) < 0;
+    free(t.data);
+    if (!failed && (s->n_ids < FEWEST || most < FEWEST))
+        failed = fail(error, "statistics need %d tokens or more; the text has %d%s", FEWEST, s->n_ids,
+                      most < FEWEST ? ", and -n says less" : "");
+    if (!failed && s->n_ids > most) {
+        int kept = most < piece ? 1 : most / piece, n = kept * piece < s->n_ids ? kept * piece : s->n_ids;
+        for (int i = 1; i < kept; i++)
+            memmove(s->ids + i * piece, s->ids + (long long)(s->n_ids - piece) * i / (kept - 1), (size_t)piece * sizeof(int));
+        s->n_ids = n;
+    }
+    if (!failed && !(s->session = run_session_open(m, &(run_options){ window, o->threads, 0, 1 }, error)))
+        failed = -1;
+    if (!s->session)
+        run_close(m);
+    else if (!(s->sites = calloc((size_t)s->n_sites, sizeof *s->sites)))
+        failed = fail(error, "out of memory");
+    return failed ? -1 : 0;
+}
+
+static void statistics_close(struct statistics *s)
+{
+    run_model *m = s->session ? (run_model *)(uintptr_t)s->session->model : NULL;
+    for (int i = 0; s->sites && i < s->n_sites; i++) {
+        free(s->sites[i].rows);
+        free(s->sites[i].hessian);
+    }
+    free(s->sites);
+    free(s->ids);
+    run_session_close(s->session);
+    run_close(m);
+}
+
 static int mode_quantize(const struct options *o, run_error *error)
 {
+    struct statistics statistics = { 0 };
     struct container c;
     struct tally tally[RAW + 1][N_TYPES] = { 0 };
     if (!o->output)
         wrong_usage("quantize needs a file to write: -o FILE");
+    if (o->type && o->bits > 0)
+        wrong_usage("--type and --bits are two ways to choose types; give one");
     if (container_open(&c, o->model, error))
         return failure(error);
     struct stat in, out;
@@ -7395,12 +7807,28 @@ static int mode_quantize(const struct options *o, run_error *error)
         if ((failed = source_open(&source, &c, t, error)))
             break;
         p->type = planned_type(&source, t->name, o->type == 0, (enum type)(o->type - 1));
-        p->size = matrix_bytes(p->type, source.m.rows, source.m.cols);
-        if (p->type == source.m.type && p->type >= Q4)
+        p->from = source.m.type;
+        p->rows = source.m.rows;
+        p->cols = source.m.cols;
+    }
+    if (o->bits > 0 && !failed)
+        spend_bits(plan, n, &c, (double)o->bits);
+    for (struct planned *p = plan; p < plan + n; p++) {
+        p->size = p->rows ? matrix_bytes(p->type, p->rows, p->cols) : p->size;
+        if (p->rows && p->type == p->from && p->type >= Q4)
             p->type = RAW;          /* as it is: a copy */
     }
+    int text = o->prompt || o->prompt_file, helped = 0;
+    for (int i = 0; i < n; i++)
+        helped += takes_feedback(plan[i].type);
+    if (!failed && text && !helped)
+        failed = fail(error, "nothing here becomes q4, q4a or q6, so that the text of -f has no use; choose --type or --bits");
+    if (!failed && text)
+        failed = statistics_open(&statistics, o, error);
     if (!failed)
-        failed = write_model(o->output, &c, plan, n, o->threads ? o->threads : default_threads(), tally, error);
+        failed = write_model(o->output, &c, plan, n, o->threads ? o->threads : default_threads(),
+                             text ? &statistics : NULL, tally, error);
+    statistics_close(&statistics);
     for (int from = 0; from <= RAW && !failed; from++)
         for (int to = 0; to < N_TYPES; to++)
             if (tally[from][to].n && from != to)
@@ -7430,6 +7858,7 @@ static void check_options(const struct options *o, enum mode mode)
         { o->samples, (mode == GENERATE || mode == CHAT) && !is_batch(o, mode), "--samples", "one prompt in generate and chat" },
         { o->corpus != NULL, mode == GENERATE || mode == CHAT, "--draft-corpus", "generate and chat" },
         { o->type, mode == QUANTIZE, "--type", "quantize" },
+        { o->bits > 0, mode == QUANTIZE, "--bits", "quantize" },
         { o->verify, mode == INFO, "--verify", "info" },
         { o->compare, mode == BENCH, "--compare", "bench" },
         { o->no_echo, mode == GENERATE, "--no-echo", "generate" },

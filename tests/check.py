@@ -29,7 +29,15 @@ def check_aarch64():
     ok(["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", "-pthread",
         os.path.join(ROOT, "run.c"), "-o", program, "-lm"], program=["aarch64-linux-gnu-gcc"])
     emulated = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", program]
-    for model in (STORIES, SMOLLM2):
+    packed, again = (os.path.join(BUILD, "check-%s.bin" % where) for where in ("here", "aarch64"))
+    words = [STORIES, "-m", "quantize", "--bits", "5", "-i", "Once upon a time there was a dog. " * 50, "-o"]
+    ok(words + [packed])
+    ok(words + [again], program=emulated)
+    with open(packed, "rb") as f, open(again, "rb") as g:
+        if f.read() != g.read():
+            print("FAIL aarch64: packs another file")
+            return False
+    for model in (STORIES, packed, SMOLLM2):
         for isa in ("neon", "dotprod", "scalar") if os.path.exists(model) else ():
             if isa == "scalar" and model == SMOLLM2:
                 continue        # plain C under emulation takes minutes

@@ -20,6 +20,10 @@
    engine adapt - SIZE BAD GOOD SHARE threads that a team of SIZE uses after each of BAD runs in which all
                                       waited for SHARE per cent of the time and GOOD runs without, four times
    engine context MODEL CONTEXT       the context of a session that asks for CONTEXT (0: the default)
+   engine statistics MODEL TENSOR POINT LAYER CONTEXT TOKENS FILE
+                                      float32 [n, n] that quantize collects over FILE for a matrix; then
+                                      the rows [n] of its inputs, for the int32 ids on standard input,
+                                      where -1 begins a window
    engine bad FILE WORK FROM TO SEED  damaged copies of FILE in the file WORK; see below
    engine files WORK                  opens and uses each of the files named on standard input
 
@@ -1028,7 +1032,7 @@ static int try_file(const char *path, int thoroughly, run_error *error)
 {
     char out[600];
     char *quantize[] = { "run", (char *)(uintptr_t)path, "-m", "quantize", "-j", "1", "--type",
-                         (char *)(uintptr_t)target_names[turn % 7], "-o", out };
+                         (char *)(uintptr_t)target_names[turn % 8], "-o", out };
     char *info[] = { "run", (char *)(uintptr_t)path, "-m", "info", "-j", "1",
                      turn % 2 ? "--json" : "--verify" };
     alarm(60);
@@ -1160,6 +1164,42 @@ static int context_of(const char *path, int context)
     return 0;
 }
 
+struct tap {
+    const char *point;
+    int layer;
+};
+
+static void write_row(void *context, const char *point, int layer, const float *values, int position, int width)
+{
+    const struct tap *tap = context;
+    (void)position;
+    if (!strcmp(point, tap->point) && layer == tap->layer)
+        fwrite(values, sizeof *values, (size_t)width, stdout);
+}
+
+static int statistics(const char *path, char **words)
+{
+    struct options o = { .model = path, .prompt_file = words[5], .context = atoi(words[3]), .tokens = atoi(words[4]) };
+    struct tensor tensor = { .name = words[0] };
+    struct planned plan = { .tensor = &tensor, .type = Q4 };
+    struct tap tap = { words[1], atoi(words[2]) };
+    struct statistics s = { 0 };
+    const float *hessian = NULL;
+    int id;
+    if (statistics_open(&s, &o, &problem) || find_hessian(&s, &plan, 0, 1, &hessian, &problem))
+        die("engine: %s", problem.text);
+    if (!hessian)
+        die("engine: %s has none", words[0]);
+    size_t width = (size_t)s.sites[site_of(s.session->model, words[0])].width;
+    fwrite(hessian, sizeof *hessian, width * width, stdout);
+    run_observe(s.session, write_row, &tap);
+    while (fread(&id, sizeof id, 1, stdin) == 1)
+        if (id < 0 ? run_rewind(s.session, 0, &problem) : run_eval(s.session, &id, 1, &problem))
+            die("engine: %s", problem.text);
+    statistics_close(&s);
+    return 0;
+}
+
 static int isa(void)
 {
     const struct kernels *list[8], *used = choose_kernels(&problem);
@@ -1226,6 +1266,8 @@ int main(int n, char **words)
         return adaptation(numbers[0], numbers[1], numbers[2], numbers[3]);
     if (!strcmp(command, "context"))
         return context_of(path, numbers[0]);
+    if (!strcmp(command, "statistics") && n == 9)
+        return statistics(path, words + 3);
     if (!strcmp(command, "bad") && n == 7)
         return bad(path, words[3], numbers[1], numbers[2], numbers[3]);
     if (!strcmp(command, "files"))

@@ -41,7 +41,7 @@ MISTAKES = [
      "if (mutant != M && window && position > 0 &&"),
     ("products that depend on the threads", "out[i] = a->add ? out[i] + from[i] : from[i];",
      "out[i] = (a->add ? out[i] + from[i] : from[i])"
-     " * (mutant == M && p->team.active == 3 ? 1.000001f : 1);"),
+     " * (mutant == M && p->team->active == 3 ? 1.000001f : 1);"),
     ("draws that prefer the best", "if (sum > unit * kept &&",
      "if (sum > (mutant == M ? unit * unit : unit) * kept &&"),
     ("memory for every token", "int stop = find_stop(o, &ready);",

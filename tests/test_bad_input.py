@@ -150,8 +150,9 @@ vocab_size=16777216>tensor     n_heads=4096>tensor|head|share
 """
 # Packings of blk.0.ffn_gate.weight: TYPE ROWS COLUMNS = bytes that it has > word
 PACKINGS = """
-q4_24_16=1152>           q4a_24_16=1280>          q8_24_16=2176>           q4_24_16=1151>ffn_gate
-q4a_24_16=1279>ffn_gate  q8_24_16=2175>ffn_gate   q4_24_17=1152>ffn_gate   q4_17_16=1152>ffn_gate
+q4_24_16=1152>           q4a_24_16=1280>          q6_24_16=1664>           q8_24_16=2176>
+q4_24_16=1151>ffn_gate   q4a_24_16=1279>ffn_gate  q6_24_16=1663>ffn_gate   q8_24_16=2175>ffn_gate
+q4_24_17=1152>ffn_gate   q4_17_16=1152>ffn_gate
 q4_24=1152>ffn_gate      q4_24_16_1=1152>ffn_gate q4_-24_16=1152>ffn_gate  q4_24_-16=1152>ffn_gate
 q4_0_0=1152>ffn_gate     q4_0_16=0>ffn_gate       q9_24_16=1152>ffn_gate
 q4_999999999_999999999=1152>ffn_gate

@@ -58,7 +58,7 @@ TARGET_END
 
 """
 
-KINDS = ("f32", "f16", "bf16", "q4", "q4a", "q8")
+KINDS = ("f32", "f16", "bf16", "q4", "q4a", "q6", "q8")
 
 # What stands in run.c exactly once, and what becomes of it.
 CHANGES = [
@@ -120,7 +120,7 @@ class Emulated(unittest.TestCase):
                 self.assertEqual(self.fingerprint(kind, isa), self.right[kind], (kind, isa))
 
     def test_a_wrong_product_is_noticed(self):
-        for kind in ("q4", "q4a", "q8"):
+        for kind in ("q4", "q4a", "q6", "q8"):
             for isa, lanes in (("avx512vnni", 16), ("avxvnni", 8)):
                 self.assertNotEqual(self.fingerprint(kind, isa, lanes), self.right[kind], (kind, isa))
 

@@ -166,7 +166,7 @@ class Info(unittest.TestCase):
     def test_parameters_and_cache(self):
         parameters = VOCAB * DIM + LAYERS * (LAYER + 2 * DIM) + DIM
         self.assertEqual(parameters, 260032)
-        for path in (STORIES, quantized(STORIES, "q4"), quantized(STORIES, "q8"), quantized(STORIES, "f16")):
+        for path in [STORIES] + [quantized(STORIES, kind) for kind in ("q4", "q6", "q8", "f16")]:
             out = self.info(path)
             self.assertEqual(out["parameters"], parameters, path)
             self.assertEqual(out["cache_bytes_per_token"], LAYERS * KV * HD * 2 * 2)

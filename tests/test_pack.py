@@ -14,13 +14,13 @@ import zlib
 
 from common import FIXTURES, STORIES, Safetensors, f32, ok, run, scratch, write_safetensors
 
-EXACT = {"Q4_0": "q4", "Q4_1": "q4a", "Q8_0": "q8"}
-BLOCK_BYTES = {"q4": 576, "q4a": 640, "q8": 1088}  # 16 rows x 64 columns
+EXACT = {"Q4_0": "q4", "Q4_1": "q4a", "Q5_0": "q6", "Q8_0": "q8"}
+BLOCK_BYTES = {"q4": 576, "q4a": 640, "q6": 832, "q8": 1088}  # 16 rows x 64 columns
 # root mean square of what packing adds to a group of 32, relative to the root mean square of the group:
 # the median and the worst group. q4a keeps Q4_K's grid and rounds its scales to halves; 8 bits carry the
 # 5 and 6 bit types; 2 and 3 bit types have two scales in a group.
-ADDED = {"Q5_0": (0.004, 0.01), "Q5_1": (0.004, 0.02), "Q4_K": (0.0005, 0.05), "Q5_K": (0.004, 0.02),
-         "Q6_K": (0.005, 0.015), "IQ4_NL": (0.004, 0.012), "IQ4_XS": (0.004, 0.012),
+ADDED = {"Q5_1": (0.004, 0.02), "Q4_K": (0.0005, 0.05), "Q5_K": (0.004, 0.02), "Q6_K": (0.005, 0.015),
+         "IQ4_NL": (0.004, 0.012), "IQ4_XS": (0.004, 0.012),
          "Q2_K": (0.03, 0.2), "Q3_K": (0.08, 0.2)}
 VECTORS = ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight")
 MATRIX = "blk.0.ffn_gate.weight"
@@ -45,11 +45,12 @@ def unpack(kind, rows, columns, data):
     Strips of 16 rows one after another, in a strip blocks of 64 columns. A block: lines of 64 bytes, then
     halves d[group][row] for its two groups of 32 columns, then for q4a m[group][row].
     Line j, byte 4r + c. q4, q4a: group g = j / 4, i = j % 4: low nibble row r, column 32g + 8i + c; high
-    nibble column 32g + 8i + 4 + c. q8: row r, column 4j + c, signed."""
+    nibble column 32g + 8i + 4 + c. q6: the same for the lower 4 bits; then lines of the upper two: line j,
+    byte 4r + c, bits 2i and 2i + 1 for column 16j + 4i + c. q8: row r, column 4j + c, signed."""
     strips, blocks, size = -(-rows // 16), -(-columns // 64), BLOCK_BYTES[kind]
     if len(data) != strips * blocks * size:
         raise AssertionError("%s %d x %d: %d bytes" % (kind, rows, columns, len(data)))
-    lines = 16 if kind == "q8" else 8
+    lines = {"q8": 16, "q6": 12}.get(kind, 8)
     out = [[None] * (blocks * 64) for _ in range(strips * 16)]
     for s in range(strips):
         for b in range(blocks):
@@ -60,7 +61,7 @@ def unpack(kind, rows, columns, data):
                 m = None
                 if kind == "q4a":
                     m = [half(data, at + 64 * lines + 64 + 32 * g + 2 * r) for g in (0, 1)]
-                for j in range(lines):
+                for j in range(16 if kind == "q8" else 8):
                     for c in range(4):
                         byte = data[at + 64 * j + 4 * r + c]
                         if kind == "q8":
@@ -69,6 +70,10 @@ def unpack(kind, rows, columns, data):
                             continue
                         g, i = j // 4, j % 4
                         for k, q in ((32 * g + 8 * i + c, byte & 15), (32 * g + 8 * i + 4 + c, byte >> 4)):
+                            if kind == "q6":
+                                upper = data[at + 512 + 64 * (k // 16) + 4 * r + c] >> 2 * (k // 4 % 4) & 3
+                                row[64 * b + k] = (q + 16 * upper - 32) * d[g]
+                                continue
                             # products of a half and 4 bits are exact: rounding the sum is what an fma does
                             row[64 * b + k] = single(q * d[g] + m[g]) if kind == "q4a" else (q - 8) * d[g]
                 if 16 * s + r >= rows and any(d + (m or [])):
@@ -221,9 +226,10 @@ def naive(kind, x):
     if kind == "q8":
         d = to_half(max(map(abs, x)) / 127)
         return [d * max(-127, min(127, round(v / d))) if d else 0.0 for v in x]
-    if kind == "q4":
-        d = to_half(max(x, key=abs) / -8)
-        return [d * (max(0, min(15, round(v / d) + 8)) - 8) if d else 0.0 for v in x]
+    if kind in ("q4", "q6"):
+        top = {"q4": 8, "q6": 32}[kind]
+        d = to_half(max(x, key=abs) / -top)
+        return [d * max(-top, min(top - 1, round(v / d))) if d else 0.0 for v in x]
     low = to_half(min(min(x), 0.0))
     d = to_half((max(x) - low) / 15)
     return [d * max(0, min(15, round((v - low) / d))) + low if d else low for v in x]
@@ -238,26 +244,27 @@ def fitted(kind, x):
         if d * 127.5 < max(map(abs, x)):
             d = struct.unpack("<e", struct.pack("<H", struct.unpack("<H", struct.pack("<e", d))[0] + 1))[0]
         return squares([v - d * max(-127, min(127, round(v / d))) for v in x]) if d else squares(x)
-    for k in range(11 if kind == "q4" else 16):
-        if kind == "q4":
-            inverse = (-8, -7.7, -7.4, -8.3, -8.6, -9, -7, 7, 7.3, 6.7, 7.6)[k] / extreme if extreme else 0
-            q = [max(-8, min(7, round(v * inverse))) for v in x]
-            d, m = sum(v * i for v, i in zip(x, q)) / max(1, sum(i * i for i in q)), 0.0
-            d = to_half(d)
-        else:
-            steps = 13.7 + 0.2 * k if k else 15.0
-            inverse = steps / (high - low) if high > low else 0
-            q = [max(0, min(15, round((v - low) * inverse - (steps - 15) / 2))) for v in x]
+    for k in range(16):
+        if kind != "q4a":
+            top, step = {"q4": (8, 0.04), "q6": (32, 0.02)}[kind]
+            inverse = (-1) ** (k + 1) * top * (1 + step * (3 - k // 2)) / extreme if extreme else 0
+            q = [max(-top, min(top - 1, round(v * inverse))) for v in x]
+            d = to_half(sum(v * i for v, i in zip(x, q)) / max(1, sum(i * i for i in q)))
+            best = min(best, squares([v - d * i for v, i in zip(x, q)]))
+            continue
+        m, d = low + 0.04 * (k // 4) * (high - low), (1 - 0.04 * (k // 4 + k % 4)) * (high - low) / 15
+        for _ in range(2):
+            q = [max(0, min(15, round((v - m) / d))) if d else 0 for v in x]
             determinant = n * sum(i * i for i in q) - sum(q) ** 2
             wq = sum(v * i for v, i in zip(x, q))
             d = to_half((n * wq - sum(q) * math.fsum(x)) / determinant if determinant else 0)
             m = to_half((math.fsum(x) - d * sum(q)) / n)
-        best = min(best, squares([v - (d * i + m) for v, i in zip(x, q)]))
+            best = min(best, squares([v - (d * i + m) for v, i in zip(x, q)]))
     return best
 
 
 class Floats(unittest.TestCase):
-    """From floats to q4, q4a, q8, f16, bf16."""
+    """From floats to q4, q4a, q6, q8, f16, bf16."""
 
     def weights(self, rows, columns, seed):
         """Rows of different kinds: normal, heavy tails, outliers, one sign, constant, zeros, tiny, large."""
@@ -296,7 +303,7 @@ class Floats(unittest.TestCase):
                 where = "%s %dx%d row %d column %d" % (kind, rows, columns, r, c)
                 # scales are halves: relative 2^-11, absolute 3e-8
                 largest = max(map(abs, b))
-                rounding = largest * 2 ** -11 + {"q4": 8, "q4a": 15, "q8": 127}[kind] * 3e-8
+                rounding = largest * 2 ** -11 + {"q4": 8, "q4a": 15, "q6": 32, "q8": 127}[kind] * 3e-8
                 self.assertLessEqual(error, without_search + len(b) * rounding ** 2, where)
                 if kind == "q8":  # nothing is clipped
                     worst = max(abs(x - y) for x, y in zip(a, b))
@@ -306,13 +313,16 @@ class Floats(unittest.TestCase):
                     searched += fitted(kind, b) / squares(b)
         self.assertLess(total, searched * 1.002)
         print("     %s: %.4f of the squared error of naive rounding" % (kind, total / plain))
-        self.assertLess(total, plain * {"q4": 0.92, "q4a": 0.97, "q8": 1.0001}[kind])
+        self.assertLess(total, plain * {"q4": 0.92, "q4a": 0.92, "q6": 0.94, "q8": 1.0001}[kind])
 
     def test_q4(self):
         self.one("q4")
 
     def test_q4a(self):
         self.one("q4a")
+
+    def test_q6(self):
+        self.one("q6")
 
     def test_q8(self):
         self.one("q8")
@@ -341,7 +351,7 @@ class Floats(unittest.TestCase):
         """The relative error of all matrices of a kind, as it is said on standard error."""
         _, path = self.file("printed", 24, 70)
         source = Safetensors(path)
-        for kind in ("q4", "q4a", "q8", "f16", "bf16"):
+        for kind in ("q4", "q4a", "q6", "q8", "f16", "bf16"):
             out = scratch("pack", "printed-%s.bin" % kind)
             p = run([path, "-m", "quantize", "--type", kind, "-o", out])
             self.assertEqual(p.returncode, 0, p.stderr)
@@ -363,7 +373,7 @@ class Floats(unittest.TestCase):
                 self.assertAlmostEqual(float(error), expected, delta=expected * 0.0051, msg=to)
 
     def test_grids_that_contain_another(self):
-        """q4 is a q4a and a q8, in groups that are not full too: the same weights, the same logits."""
+        """q4 is a q4a, a q6 and a q8, in groups that are not full too: the same weights, the same logits."""
         def fingerprint(path):
             return json.loads(ok([path, "-m", "info", "--json"]).decode())["fingerprint"]
         _, odd = self.file("odd", 20, 75)
@@ -372,15 +382,17 @@ class Floats(unittest.TestCase):
             first = quantize(path, "q4")
             plain = quantize(scratch("pack", name + "-q4.bin"), "f32")
             expected = fingerprint(scratch("pack", name + "-q4-f32.bin"))
-            for kind in ("q4a", "q8"):
+            for kind in ("q4a", "q6", "q8"):
                 out = scratch("pack", "%s-q4-%s.bin" % (name, kind))
                 p = run([scratch("pack", name + "-q4.bin"), "-m", "quantize", "--type", kind, "-o", out])
                 self.assertRegex(p.stderr.decode(), r"^\d+ matrices from q4 to %s: relative error 0\n" % kind)
-                self.assertEqual(p.stderr.count(b"matrices"), 1, p.stderr)
                 again = quantize(out, "f32")
-                self.assertEqual({n: t for n, t in again.tensors.items() if not n.startswith("pad.")},
-                                 {n: t for n, t in plain.tensors.items() if not n.startswith("pad.")})
-                self.assertEqual(fingerprint(scratch("pack", "%s-q4-%s-f32.bin" % (name, kind))), expected)
+                unlike = ("pad.", "token_embd") if kind == "q6" else ("pad.",)  # it was q8 and becomes a q6 too
+                self.assertEqual(p.stderr.count(b"matrices"), len(unlike), p.stderr)
+                self.assertEqual({n: t for n, t in again.tensors.items() if not n.startswith(unlike)},
+                                 {n: t for n, t in plain.tensors.items() if not n.startswith(unlike)})
+                if kind != "q6":
+                    self.assertEqual(fingerprint(scratch("pack", "%s-q4-%s-f32.bin" % (name, kind))), expected)
                 file = Safetensors(out)
                 self.assertEqual(packed_values(file, MATRIX)[0], kind)
                 self.assertEqual(packed_values(file, MATRIX)[1], packed_values(first, MATRIX)[1])
@@ -389,6 +401,7 @@ class Floats(unittest.TestCase):
         """Values that lie on a grid come back as they are."""
         rng = random.Random(1)
         for kind, point in (("q4", lambda d, m: (rng.randint(0, 15) - 8) * d),
+                            ("q6", lambda d, m: (rng.randint(0, 63) - 32) * d),
                             ("q8", lambda d, m: rng.randint(-127, 127) * d)):
             rows = []
             for _ in range(16):
@@ -396,7 +409,7 @@ class Floats(unittest.TestCase):
                 for _ in range(2):
                     d = to_half(rng.uniform(0.01, 0.02))
                     group = [point(d, 0) for _ in range(32)]
-                    group[rng.randrange(32)] = (-8 if kind == "q4" else 127) * d
+                    group[rng.randrange(32)] = {"q4": -8, "q6": -32, "q8": 127}[kind] * d
                     row += group
                 rows.append(row)
             path = model(scratch("pack", "grid-%s.bin" % kind), 64, {MATRIX: (
@@ -431,7 +444,7 @@ class Floats(unittest.TestCase):
 
     def test_same_file_from_any_number_of_threads(self):
         _, path = self.file("threads", 40, 200)
-        for kind in ("q4", "q4a", "q8"):
+        for kind in ("q4", "q4a", "q6", "q8"):
             files = []
             for threads in (1, 3):
                 quantize(path, kind, "-j", str(threads))

@@ -5,10 +5,12 @@ are compared across processes. Deliberate mistakes in a copy of run.c must be no
 """
 import json
 import os
+import struct
 import unittest
 
-from common import FIXTURES, STORIES, f32, ok, Safetensors
+from common import FIXTURES, STORIES, f32, ok, scratch, Safetensors
 from engine import changed, engine, isas, mistake, program, quantized, small_model, works
+from test_pack import MATRIX, model
 
 PROMPT = "Lily and Ben went to the park"
 
@@ -18,7 +20,7 @@ def odd_models():
     odd = small_model("llama_odd")      # 33 wide, 51 hidden, heads of 10, vocabulary of 77, biases
     return ([small_model(m) for m in ("llama2", "llama3", "llama_linear", "llama_yarn", "qwen2", "qwen3")] +
             [small_model("mistral"), small_model("qwen2_window")] +     # windows of 21 and 30 positions
-            [quantized(odd, kind) for kind in ("q4", "q4a", "q8", "f16", "bf16", "f32")] +
+            [quantized(odd, kind) for kind in ("q4", "q4a", "q6", "q8", "f16", "bf16", "f32")] +
             [quantized(small_model("mistral"), "q4a"), quantized(small_model("qwen3"), "q4")])
 
 
@@ -69,7 +71,7 @@ class Inside(unittest.TestCase):
     def test_rows_of_several_sessions(self):
         odd = small_model("llama_odd")
         for model in (small_model("mistral"), small_model("qwen2"), quantized(odd, "q4a"),
-                      quantized(odd, "q8")):
+                      quantized(odd, "q6"), quantized(odd, "q8")):
             for seed in (1, 2):
                 self.check(["rows", model, seed], "same with rows")
 
@@ -107,6 +109,18 @@ class Outside(unittest.TestCase):
             self.assertEqual(works(["isa"], env={"RUN_ISA": isa}).split()[0].decode(), isa)
             for model, expected in zip(self.models, self.hashes):
                 self.assertEqual(works(["hash", model], env={"RUN_ISA": isa}), expected, (isa, model))
+
+    def test_largest_sums(self):
+        """All weights and activations of a group at an end of their range: no partial sum overflows."""
+        half = struct.pack("<32e", *[1 / 64] * 32)
+        for kind, quants, scales in (("q4", 512, half), ("q4a", 512, 2 * half), ("q6", 768, half), ("q8", 1024, half)):
+            for byte in (b"\0", b"\xff", b"\x80", b"\x7f"):
+                path = model(scratch("extreme", "%s-%s.bin" % (kind, byte.hex())), 64, {"token_embd.weight": (
+                    "F32", (8, 64), f32([(-1) ** (i // 64) for i in range(512)]), {}), MATRIX: (
+                    "U8", (quants + len(scales),), byte * quants + scales, {"packed." + MATRIX: kind + " 16 64"})}, rows=16)
+                expected = works(["hash", path], env={"RUN_ISA": "scalar"})
+                for isa in isas():
+                    self.assertEqual(works(["hash", path], env={"RUN_ISA": isa}), expected, (isa, path))
 
     def test_an_unknown_instruction_set_is_refused(self):
         p = engine(["run", STORIES, "-m", "info"], env={"RUN_ISA": "avx9"})
