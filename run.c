@@ -1116,6 +1116,19 @@ static void measure_weights(struct run_model *m)
     }
 }
 
+/* The table of frequencies, which a rule of scaling may have changed; else computed. */
+static int rope_read(struct run_model *m, struct reading *r)
+{
+    int pairs = m->config.rope_dims / 2;
+    const float *rope = get_vector(r, "rope.freqs", pairs, 0);
+    for (int i = 0; rope && i < pairs; i++)
+        if (!((m->rope[i] = rope[i]) >= 0 && rope[i] <= 16))
+            return fail(r->error, "rope.freqs holds %g, but should hold radians per position, from 0 to 16", (double)rope[i]);
+    if (!rope && !r->failed)
+        rope_frequencies(m->rope, pairs, m->config.rope_base);
+    return r->failed ? -1 : 0;
+}
+
 /* -- draft heads: small models of their own, fed with states of the trunk --
 
    parallel  extra last layers over the input of the trunk's last one, each a token further
@@ -1264,7 +1277,8 @@ static int head_read(struct run_model *trunk, struct container *file, int number
             return fail(error, "out of memory for the output rows of draft head %d", number);
         m->output = gather_rows(&trunk->output, h->rows, c->vocab, h->gathered);
     }
-    rope_frequencies(m->rope, c->rope_dims / 2, c->rope_base);
+    if (rope_read(m, &r))
+        return -1;
     measure_weights(m);
     const struct matrix *more[] = { &x->e_proj, &x->h_proj, &x->fuse, &x->q_e, &x->k_e, &x->v_e };
     for (int i = 0; i < 6; i++)
@@ -1375,14 +1389,8 @@ static int model_read(struct run_model *m, run_error *error)
                                                        : m->embedding;
     for (int i = 0; i < c->layers && !r.failed; i++)
         read_layer(&r, c, i, &m->layers[i]);
-    const float *rope = get_vector(&r, "rope.freqs", c->rope_dims / 2, 0);
-    if (r.failed)
+    if (r.failed || rope_read(m, &r))
         return -1;
-    for (int i = 0; rope && i < c->rope_dims / 2; i++)
-        if (!((m->rope[i] = rope[i]) >= 0 && rope[i] <= 16))
-            return fail(error, "rope.freqs holds %g, but should hold radians per position, from 0 to 16", (double)rope[i]);
-    if (!rope)
-        rope_frequencies(m->rope, c->rope_dims / 2, c->rope_base);
     measure_weights(m);
 
     if (find_tensor(&m->file, "tokenizer.bytes")) {
@@ -3780,8 +3788,8 @@ static double pass_time(const struct drafting *d, int k)
         low--;
     while (high < N_ROWS && !d->timed[high])
         high++;
-    if (!d->timed[high])
-        return d->time[low] + 0.15 * (k - low) * d->time[1]; /* a first guess */
+    if (!d->timed[high])                /* as from one row to the widest that was tried; a guess if there is none */
+        return d->time[low] + (k - low) * (low > 1 ? (d->time[low] - d->time[1]) / (low - 1) : 0.3 * d->time[1]);
     return low == high ? d->time[k] : d->time[low] + (d->time[high] - d->time[low]) * (k - low) / (high - low);
 }
 
@@ -3821,8 +3829,11 @@ static int choose_width(struct drafting *d, int n)
     if (d->timed[1] < 2 || d->steps - d->last_timed[1] > 64)
         return 0;                       /* what it would cost without has to be known */
     double rate = rate_of(d);
-    int best = 0;
-    double value = 1 - rate * d->time[1], reached = 1, tokens = 1;
+    int best = 0, widest = N_ROWS;
+    while (widest > 1 && !d->timed[widest])
+        widest--;
+    n = n < 2 * widest ? n : 2 * widest; /* what wider passes cost is not known */
+    double value = 1.05 - rate * d->time[1], reached = 1, tokens = 1; /* what is measured is not exact */
     for (int k = 1; k <= n; k++) {
         reached *= d->window[k - 1].p;
         tokens += reached;
@@ -3896,12 +3907,11 @@ static int propose(run_session *s, const run_generation *how, int most)
             heads = 0;
         if (heads && (heads = worth_asking(d, at, reached, rate))) {
             double start = seconds(), sure;
+            int behind = at ? 0 : s->length - s->prophets->base - s->prophets->s[0]->length;
             int token = next_prophecy(s, at, at ? d->window[at - 1].token : 0, &sure);
             double time = seconds() - start;
-            if (at)
-                d->head_time += (time - d->head_time) / 8;
-            else if (d->head_time == 0)
-                d->head_time = time;
+            if (behind < 8)             /* and not the whole prompt to catch up with */
+                d->head_time += (time - d->head_time) / (d->head_time > 0 ? 8 : 1);
             d->heads_tried = d->steps;
             heads = token >= 0;
             int bin = (int)(sure * SURE_BINS);
