@@ -312,7 +312,7 @@ def follow_pickle(data, path, storage, tensor):
 
 
 def read_torch(path, tensors):
-    """Adds the tensors of a zip file of torch.save to the table: it holds a list of them, and a member for the
+    """Adds the tensors of a zip file of torch.save to the table. It holds a list of them, and a member for the
     bytes of each storage."""
     file, members = File(path), {}
 
@@ -541,7 +541,7 @@ HARMLESS = (
     r"_|transformers|torch|.*(_token|_token_id|label|_penalty|ngram_size)$|"
     r"(architectures|model_type|dtype|use_cache|use_return_dict|return_dict|output_hidden_states|"
     r"output_attentions|initializer_range|pretraining_tp|attention_dropout|hidden_dropout|name_or_path|"
-    r"is_llama_config|auto_map|problem_type|chunk_size_feed_forward|tie_encoder_decoder|license|tokenizer_class|"
+    r"is_llama_config|problem_type|chunk_size_feed_forward|tie_encoder_decoder|license|tokenizer_class|auto_map|"
     r"task_specific_params|model_max_length|gradient_checkpointing|unsloth_(version|fixed)|num_beams|"
     r"num_beam_groups|num_return_sequences|max_length|min_length|do_sample|temperature|top_[kp]|typical_p)$")
 ROPE_HARMLESS = r"(finetuned|original_max_position_embeddings|attention_factor|beta_fast|beta_slow)$"
@@ -955,9 +955,14 @@ def find_heads(model, tensors, announced):
             except Refused as error:
                 raise Refused("%s (a draft head; --no-heads leaves them out)" % error)
             number += 1
-    here = m.get("draft.count", 0)
+    note_count(model, announced)
+
+
+def note_count(model, announced):
+    """Published configurations name heads that were left out, or fewer than there are."""
+    here = model.meta.get("draft.count", 0)
     if here != announced:
-        model.notes.append("draft heads: %d are announced, %d are here" % (announced, here))
+        model.notes.append("draft heads: %s are announced, %d are here" % (short(announced), here))
 
 
 def token_rows(t, vocab, relative):
@@ -971,8 +976,8 @@ def eagle_head(model, config, tensors, trunk):
     """EAGLE-1, 2 and 3 as their authors publish them, EAGLE-3 also in speculators' form."""
     f, layer, n = Fields("config.json", config), Model(model.options), trunk.meta["n_layers"]
     facts, rows, layout = {}, None, "eagle"
-    for third, name in ("eagle3", "midlayer.hidden_norm.weight"), ("speculators", "layers.0.hidden_norm.weight"):
-        layout = third if name in tensors else layout
+    for third in ("eagle3", "speculators"):
+        layout = third if head_name(third, 0, "h_norm.weight") in tensors else layout
     used = f.take("eagle_aux_hidden_state_layer_ids", list, [2, n // 2, n - 3])
     normed = f.take("norm_before_residual", bool, False)
     check(f.take("target_hidden_size", int, trunk.meta["dim"]) == trunk.meta["dim"], "config.json",
@@ -988,8 +993,8 @@ def eagle_head(model, config, tensors, trunk):
     layers = layer.meta["n_layers"]
     check(layers == 1, "config.json", "%d layers in a head; one is known", layers)
     if layout != "eagle":
-        check(is_ints(used, n - 1) and len(used) == 3, "config.json", "the head reads the layers %s of a trunk "
-              "of %d", short(used), n)
+        check(is_ints(used, n - 1) and len(used) == 3, "config.json", "the head reads the layers %s of a "
+              "trunk of %d", short(used), n)
         facts = {"layers": " ".join(map(str, used)), "residual": "normed" if normed else "state"}
     if "d2t" in tensors:
         rows, marks = token_rows(tensors.pop("d2t"), trunk.meta["vocab_size"], 1), tensors.pop("t2d", None)
@@ -1010,8 +1015,8 @@ def medusa_heads(model, config, tensors, trunk):
     rows = token_rows(tensors.pop("token_map"), vocab, 0) if "token_map" in tensors else None
     shared = tensors.get("lm_heads.0.weight") if "lm_heads.1.weight" not in tensors else None
     if shared:
-        check(trunk_has(model, trunk, shared, "output.weight"), shared.name, "the heads share a matrix that is "
-              "not the trunk's (or cannot be compared: give the folder that the trunk was made from)")
+        check(trunk_has(model, trunk, shared, "output.weight"), shared.name, "the heads share a matrix that "
+              "is not the trunk's (or cannot be compared: give the folder that the trunk was made from)")
         del tensors[shared.name]
     while at % (i, 0) + "weight" in tensors:
         made, j = [], 0
@@ -1030,8 +1035,7 @@ def medusa_heads(model, config, tensors, trunk):
         put_head(model, {"kind": "medusa", "state": "norm", "norm": "none", "dim": dim, "n_layers": 0,
                          "vocab_size": len(rows) if rows else vocab}, made, rows)
         i += 1
-    told = config.get("medusa_num_heads", config.get("num_heads", i))
-    check(told == i, "config.json", "%s heads are announced, %d are here", short(told), i)
+    note_count(model, config.get("medusa_num_heads", config.get("num_heads", i)))
 
 
 # ---- Tokenizer -----------------------------------------------------------------------------------
@@ -2484,8 +2488,8 @@ def download(name, model):
 
 
 # ---- Writer --------------------------------------------------------------------------------------
-# A safetensors file whose tensors all start on a multiple of 64 bytes, draft heads on a page of their own: where
-# there are any, the header fills whole pages. The checksums stand in the header, so
+# A safetensors file whose tensors all start on a multiple of 64 bytes, draft heads on a page of their own:
+# where there are any, the header fills whole pages. The checksums stand in the header, so
 # room is left for them, and the header is written again at the end.
 
 PAGE = 4096
@@ -2557,8 +2561,8 @@ def bytes_text(n):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by the folder that they are in: "
-           "get safetensors or GGUF instead")
+PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by the folder that they are "
+           "in: get safetensors or GGUF instead")
 HEAD_FILES = ("model.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "medusa_lm_head.safetensors")
 EXPECTED = ("expected: a Hugging Face folder, its name on the hub (org/name), a GGUF file or a .bin of "
             "llama2.c")
@@ -2812,7 +2816,8 @@ def export(options, scratch):
     m["name"] = options.name or m.get("name", stem)
     if options.context is not None:
         most = max([n for key, n in m.items() if key.endswith("context_length")], default=0)
-        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d", options.context, most)
+        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d",
+              options.context, most)
         m.update({key: min(n, options.context) for key, n in m.items() if key.endswith("context_length")})
     m.setdefault("source", os.path.basename(os.path.abspath(options.source)))
     if options.license:
