@@ -249,7 +249,7 @@ def shard_names(index):
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError,
               struct.error, OverflowError)
-PICKLE_LIMIT = 8 << 20                                  # of the list of tensors in PyTorch's files
+PICKLE_LIMIT = 2 << 20                                  # of the list of tensors in PyTorch's files
 STORAGES = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16",
             "torch LongStorage": "I64", "torch IntStorage": "I32", "torch BoolStorage": "BOOL"}
 ORDERED_DICT, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
@@ -572,10 +572,6 @@ def hf_name(name, names=HF_NAMES, layers="model.layers."):
     return ("%s%s." % (layers, layer) if layer else "") + names.get(kind, kind) + "." + end
 
 
-def meta_name(name):
-    return hf_name(name, META_NAMES, "layers.")
-
-
 def layer_shapes(m):
     """The tensors of a layer: the one place that knows their shapes."""
     dim, hidden, size = m["dim"], m["hidden_dim"], m["head_dim"]
@@ -771,7 +767,8 @@ def model_from_meta(model, params, tensors):
               "norm.eps": repr(f.take("norm_eps", float, 1e-5, 0, 1)), "rope.pairing": "interleaved"})
     rope(model, "default", f, f.take("rope_theta", float, 10000.0, 1e-3), m["head_dim"])
     f.finish(r"(vocab_size|multiple_of|ffn_dim_multiplier|max_batch_size)$", model.options.ignore)
-    collect(model, tensors, [], False, None, meta_name, heads)
+    rename = functools.partial(hf_name, names=META_NAMES, layers="layers.")
+    collect(model, tensors, [], False, None, rename, heads)
 
 
 def model_from_gguf(model, pairs, tensors):

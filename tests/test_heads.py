@@ -323,6 +323,9 @@ class Heads(Export):
             self.assertEqual(other.tensors, m.tensors)
             self.assertEqual(other.metadata, m.metadata)
             self.assertEqual(get(self.out), before)
+        # What heads the trunk has itself does not matter, not even if they would be refused.
+        trunk = self.changed("deepseek", lambda t: t.pop("model.layers.2.enorm.weight"))
+        self.good(self.source("medusa_shared"), "--heads-for", trunk)
         folder = self.copy("medusa")
         self.good(os.path.join(folder, "medusa_lm_head.pt"), "--heads-for", self.source("llama"))
 
