@@ -365,7 +365,7 @@ def read_torch(path, tensors):
         check(size <= PICKLE_LIMIT, path, "a list of tensors of %d bytes", size)
         file.seek(at)
         found = follow_pickle(file.read(size), path, storage, tensor)
-    except ZIP_ERRORS + (IndexError, KeyError, TypeError, AttributeError) as error:
+    except ZIP_ERRORS + (OSError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise Refused("%s: no sound zip file of torch.save: %s" % (path, short(str(error))))
     check(type(found) is dict, path, "a dictionary of tensors was expected")
     for name, t in found.items():

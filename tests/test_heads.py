@@ -773,7 +773,8 @@ class Torch(Export):
         for at, form, value, words in ((20, "<II", (400, 400), "does not fit"),
                                        (42, "<I", (1 << 30,), "not there"),
                                        (42, "<I", (9,), "does not fit"), (8, "<H", (1,), "encrypted"),
-                                       (20, "<II", (8, 24), "compressed")):
+                                       (20, "<II", (8, 24), "compressed"),
+                                       (10, "<H", (8,), "compressed")):
             broken = bytearray(data)
             struct.pack_into(form, broken, entry + at, *value)
             with self.assertRaises(e.Refused) as caught:
