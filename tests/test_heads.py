@@ -780,6 +780,12 @@ class Torch(Export):
             with self.assertRaises(e.Refused) as caught:
                 e.read_torch(put(path, bytes(broken)), {})
             self.assertIn(words, str(caught.exception))
+        local = data.index(b"a/data/0") - 30                # what stands before the bytes themselves
+        for broken, words in ((data[:local] + b"PX" + data[local + 2:], "does not fit"),
+                              (data.replace(b"a/byteorder", b"a/data/0\0\0\0"), "no zip file of torch.save")):
+            with self.assertRaises(e.Refused) as caught:
+                e.read_torch(put(path, broken), {})
+            self.assertIn(words, str(caught.exception))
         e.read_torch(put(path, data), {})
 
     def test_fuzz(self):
