@@ -249,7 +249,7 @@ def shard_names(index):
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError,
               struct.error, OverflowError)
-PICKLE_LIMIT = 8 << 20                                  # of the list of tensors in PyTorch's files
+PICKLE_LIMIT = 2 << 20                                  # of the list of tensors in PyTorch's files
 STORAGES = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16",
             "torch LongStorage": "I64", "torch IntStorage": "I32", "torch BoolStorage": "BOOL"}
 ORDERED_DICT, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
@@ -312,7 +312,7 @@ def follow_pickle(data, path, storage, tensor):
 
 
 def read_torch(path, tensors):
-    """Adds the tensors of a zip file of torch.save to the table: it holds a list of them, and a member for the
+    """Adds the tensors of a zip file of torch.save to the table. It holds a list of them, and a member for the
     bytes of each storage."""
     file, members = File(path), {}
 
@@ -365,7 +365,7 @@ def read_torch(path, tensors):
         check(size <= PICKLE_LIMIT, path, "a list of tensors of %d bytes", size)
         file.seek(at)
         found = follow_pickle(file.read(size), path, storage, tensor)
-    except ZIP_ERRORS + (IndexError, KeyError, TypeError, AttributeError) as error:
+    except ZIP_ERRORS + (OSError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise Refused("%s: no sound zip file of torch.save: %s" % (path, short(str(error))))
     check(type(found) is dict, path, "a dictionary of tensors was expected")
     for name, t in found.items():
@@ -541,7 +541,7 @@ HARMLESS = (
     r"_|transformers|torch|.*(_token|_token_id|label|_penalty|ngram_size)$|"
     r"(architectures|model_type|dtype|use_cache|use_return_dict|return_dict|output_hidden_states|"
     r"output_attentions|initializer_range|pretraining_tp|attention_dropout|hidden_dropout|name_or_path|"
-    r"is_llama_config|auto_map|problem_type|chunk_size_feed_forward|tie_encoder_decoder|license|tokenizer_class|"
+    r"is_llama_config|problem_type|chunk_size_feed_forward|tie_encoder_decoder|license|tokenizer_class|auto_map|"
     r"task_specific_params|model_max_length|gradient_checkpointing|unsloth_(version|fixed)|num_beams|"
     r"num_beam_groups|num_return_sequences|max_length|min_length|do_sample|temperature|top_[kp]|typical_p)$")
 ROPE_HARMLESS = r"(finetuned|original_max_position_embeddings|attention_factor|beta_fast|beta_slow)$"
@@ -570,10 +570,6 @@ def hf_name(name, names=HF_NAMES, layers="model.layers."):
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
     layer, kind, end = re.match(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", name).groups()
     return ("%s%s." % (layers, layer) if layer else "") + names.get(kind, kind) + "." + end
-
-
-def meta_name(name):
-    return hf_name(name, META_NAMES, "layers.")
 
 
 def layer_shapes(m):
@@ -771,7 +767,8 @@ def model_from_meta(model, params, tensors):
               "norm.eps": repr(f.take("norm_eps", float, 1e-5, 0, 1)), "rope.pairing": "interleaved"})
     rope(model, "default", f, f.take("rope_theta", float, 10000.0, 1e-3), m["head_dim"])
     f.finish(r"(vocab_size|multiple_of|ffn_dim_multiplier|max_batch_size)$", model.options.ignore)
-    collect(model, tensors, [], False, None, meta_name, heads)
+    rename = functools.partial(hf_name, names=META_NAMES, layers="layers.")
+    collect(model, tensors, [], False, None, rename, heads)
 
 
 def model_from_gguf(model, pairs, tensors):
@@ -955,9 +952,14 @@ def find_heads(model, tensors, announced):
             except Refused as error:
                 raise Refused("%s (a draft head; --no-heads leaves them out)" % error)
             number += 1
-    here = m.get("draft.count", 0)
+    note_count(model, announced)
+
+
+def note_count(model, announced):
+    """Published configurations name heads that were left out, or fewer than there are."""
+    here = model.meta.get("draft.count", 0)
     if here != announced:
-        model.notes.append("draft heads: %d are announced, %d are here" % (announced, here))
+        model.notes.append("draft heads: %s are announced, %d are here" % (short(announced), here))
 
 
 def token_rows(t, vocab, relative):
@@ -971,8 +973,8 @@ def eagle_head(model, config, tensors, trunk):
     """EAGLE-1, 2 and 3 as their authors publish them, EAGLE-3 also in speculators' form."""
     f, layer, n = Fields("config.json", config), Model(model.options), trunk.meta["n_layers"]
     facts, rows, layout = {}, None, "eagle"
-    for third, name in ("eagle3", "midlayer.hidden_norm.weight"), ("speculators", "layers.0.hidden_norm.weight"):
-        layout = third if name in tensors else layout
+    for third in ("eagle3", "speculators"):
+        layout = third if head_name(third, 0, "h_norm.weight") in tensors else layout
     used = f.take("eagle_aux_hidden_state_layer_ids", list, [2, n // 2, n - 3])
     normed = f.take("norm_before_residual", bool, False)
     check(f.take("target_hidden_size", int, trunk.meta["dim"]) == trunk.meta["dim"], "config.json",
@@ -988,8 +990,8 @@ def eagle_head(model, config, tensors, trunk):
     layers = layer.meta["n_layers"]
     check(layers == 1, "config.json", "%d layers in a head; one is known", layers)
     if layout != "eagle":
-        check(is_ints(used, n - 1) and len(used) == 3, "config.json", "the head reads the layers %s of a trunk "
-              "of %d", short(used), n)
+        check(is_ints(used, n - 1) and len(used) == 3, "config.json", "the head reads the layers %s of a "
+              "trunk of %d", short(used), n)
         facts = {"layers": " ".join(map(str, used)), "residual": "normed" if normed else "state"}
     if "d2t" in tensors:
         rows, marks = token_rows(tensors.pop("d2t"), trunk.meta["vocab_size"], 1), tensors.pop("t2d", None)
@@ -1010,8 +1012,8 @@ def medusa_heads(model, config, tensors, trunk):
     rows = token_rows(tensors.pop("token_map"), vocab, 0) if "token_map" in tensors else None
     shared = tensors.get("lm_heads.0.weight") if "lm_heads.1.weight" not in tensors else None
     if shared:
-        check(trunk_has(model, trunk, shared, "output.weight"), shared.name, "the heads share a matrix that is "
-              "not the trunk's (or cannot be compared: give the folder that the trunk was made from)")
+        check(trunk_has(model, trunk, shared, "output.weight"), shared.name, "the heads share a matrix that "
+              "is not the trunk's (or cannot be compared: give the folder that the trunk was made from)")
         del tensors[shared.name]
     while at % (i, 0) + "weight" in tensors:
         made, j = [], 0
@@ -1030,8 +1032,7 @@ def medusa_heads(model, config, tensors, trunk):
         put_head(model, {"kind": "medusa", "state": "norm", "norm": "none", "dim": dim, "n_layers": 0,
                          "vocab_size": len(rows) if rows else vocab}, made, rows)
         i += 1
-    told = config.get("medusa_num_heads", config.get("num_heads", i))
-    check(told == i, "config.json", "%s heads are announced, %d are here", short(told), i)
+    note_count(model, config.get("medusa_num_heads", config.get("num_heads", i)))
 
 
 # ---- Tokenizer -----------------------------------------------------------------------------------
@@ -2484,8 +2485,8 @@ def download(name, model):
 
 
 # ---- Writer --------------------------------------------------------------------------------------
-# A safetensors file whose tensors all start on a multiple of 64 bytes, draft heads on a page of their own: where
-# there are any, the header fills whole pages. The checksums stand in the header, so
+# A safetensors file whose tensors all start on a multiple of 64 bytes, draft heads on a page of their own:
+# where there are any, the header fills whole pages. The checksums stand in the header, so
 # room is left for them, and the header is written again at the end.
 
 PAGE = 4096
@@ -2557,8 +2558,8 @@ def bytes_text(n):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by the folder that they are in: "
-           "get safetensors or GGUF instead")
+PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by the folder that they are "
+           "in: get safetensors or GGUF instead")
 HEAD_FILES = ("model.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "medusa_lm_head.safetensors")
 EXPECTED = ("expected: a Hugging Face folder, its name on the hub (org/name), a GGUF file or a .bin of "
             "llama2.c")
@@ -2812,7 +2813,8 @@ def export(options, scratch):
     m["name"] = options.name or m.get("name", stem)
     if options.context is not None:
         most = max([n for key, n in m.items() if key.endswith("context_length")], default=0)
-        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d", options.context, most)
+        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d",
+              options.context, most)
         m.update({key: min(n, options.context) for key, n in m.items() if key.endswith("context_length")})
     m.setdefault("source", os.path.basename(os.path.abspath(options.source)))
     if options.license:

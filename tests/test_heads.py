@@ -1,5 +1,8 @@
-"""export.py: draft heads. Every fixture of tests/fixtures/heads is exported, and what its heads propose is computed
-here, in plain Python, from the exported file alone: it must be what PyTorch computed from the original."""
+"""export.py: draft heads. Every fixture of tests/fixtures/heads is exported, and what its heads propose is
+computed here, in plain Python, from the exported file alone: it must be what PyTorch computed.
+
+A float64 reader of all that a head's metadata can say, and hostile files of PyTorch's form.
+"""
 import json
 import math
 import operator
@@ -184,7 +187,8 @@ def propose(trunk, file, t, following, steps):
             if "fuse.weight" in p:
                 x = layer(p, "blk.0.", h, e)[-1]
             else:
-                u = [add(p.times("e_proj", a), p.times("h_proj", p.norm("h_norm.weight", b))) for a, b in zip(e, h)]
+                u = [add(p.times("e_proj", a), p.times("h_proj", p.norm("h_norm.weight", b)))
+                     for a, b in zip(e, h)]
                 u = [add(row, p.vector("proj.bias")) for row in u] if "proj.bias" in p else u
                 x = layer(p, "blk.0.", u)[-1]
         y = {"own": lambda: p.norm("output_norm.weight", x, True), "trunk": lambda: trunk.finish(x),
@@ -245,7 +249,7 @@ class Heads(Export):
         return Safetensors(trunk), self.good(self.source(name), "--heads-for", trunk, *arguments)
 
     def differences(self, name, trunk, heads):
-        """The largest differences of the trunk's logits and of the heads', and whether the drafts are the same."""
+        """The largest differences of the trunk's logits and of the heads', and whether the drafts agree."""
         folder = os.path.join(HEADS, name)
         with open(os.path.join(folder, "expected.json")) as f:
             expected = json.load(f)
@@ -317,10 +321,11 @@ class Heads(Export):
         """With any fact about a head changed, its logits are others: the test above sees it."""
         for name, key, value in (
                 ("mimo", "state", "last"), ("mimo", "chain", "out"), ("mimo", "zero_first", "1"),
-                ("deepseek", "zero_first", "0"), ("deepseek", "rope.base", "10000.0"), ("ernie", "norm", "trunk"),
+                ("deepseek", "zero_first", "0"), ("ernie", "norm", "trunk"),
                 ("facebook", "state", "norm"), ("facebook", "rope.pairing", "half"),
                 ("gguf_llama", "rope.pairing", "half"), ("qwen_mtp", "norm.eps", "0.1"),
-                ("eagle2", "rope.base", "10000.0"), ("eagle3", "layers", "1 2 3"), ("eagle3", "residual", "normed"),
+                ("eagle2", "rope.base", "10000.0"), ("eagle3", "layers", "1 2 3"),
+                ("eagle3", "residual", "normed"),
                 ("eagle3_speculators", "residual", "state"), ("medusa", "state", "last")):
             with self.subTest(name, key=key):
                 trunk, heads = self.exported(name)
@@ -329,9 +334,10 @@ class Heads(Export):
 
     def test_facts(self):
         for name, facts in (
-                ("mimo", "kind serial state norm chain norm norm own n_layers 1 rope.base 640.0 norm.eps 1e-05"),
+                ("mimo", "kind serial state norm chain norm norm own n_layers 1 rope.base 640.0"),
                 ("qwen_mtp", "attention_gate 1 head_dim 10 vocab_size 52 activation silu context_length 256"),
-                ("ernie", "norm none chain out zero_first 1"), ("gguf_llama", "norm trunk rope.pairing interleaved"),
+                ("ernie", "norm none chain out zero_first 1"),
+                ("gguf_llama", "norm trunk rope.pairing interleaved"),
                 ("facebook", "kind parallel state before norm trunk hidden_dim 28 n_kv_heads 2"),
                 ("eagle1", "rope.base 10000.0 norm none chain out dim 24 n_heads 4 head_dim 6"),
                 ("eagle3", "state layers layers 2,3,4 residual state vocab_size 29 context_length 2048"),
@@ -360,6 +366,9 @@ class Heads(Export):
             self.assertEqual(other.tensors, m.tensors)
             self.assertEqual(other.metadata, m.metadata)
             self.assertEqual(get(self.out), before)
+        # What heads the trunk has itself does not matter, not even if they would be refused.
+        trunk = self.changed("deepseek", lambda t: t.pop("model.layers.2.enorm.weight"))
+        self.good(self.source("medusa_shared"), "--heads-for", trunk)
         folder = self.copy("medusa")
         self.good(os.path.join(folder, "medusa_lm_head.pt"), "--heads-for", self.source("llama"))
 
@@ -376,14 +385,15 @@ class Heads(Export):
             self.assertFalse(any(n.startswith("draft.") for n in names[:first]), name)
             self.assertEqual((8 + length + header[names[first]]["data_offsets"][0]) % 4096, 0, name)
         self.good(self.source("llama"))
-        self.assertNotEqual((8 + struct.unpack_from("<Q", get(self.out))[0]) % 4096, 0)     # no heads: no page
+        self.assertNotEqual((8 + struct.unpack_from("<Q", get(self.out))[0]) % 4096, 0)     # no page
 
     def test_nothing_is_stored_twice(self):
         for name in INSIDE + list(BESIDE):
             _, m = self.exported(name)
             self.assertFalse([n for n in m.tensors if n.startswith("draft.") and "token_embd" in n], name)
             own = [n for n in m.tensors if n.startswith("draft.") and n.endswith(".output.weight")]
-            self.assertEqual(bool(own), name in ("eagle3", "eagle3_qwen3", "eagle3_speculators", "medusa"), name)
+            self.assertEqual(bool(own), name in ("eagle3", "eagle3_qwen3", "eagle3_speculators", "medusa"),
+                             name)
         # A copy that is none: an embedding is refused, an output matrix becomes the head's own.
         for name in ("model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"):
             def change(tensors):
@@ -397,8 +407,9 @@ class Heads(Export):
                 self.assertEqual(self.good(folder).tensors["draft.0.output.weight"][2][-2:], b"\x00\x3c")
 
     def test_copies_of_another_type(self):
-        """EAGLE-2's embedding as float32 and bfloat16 beside a float16 trunk: the same as far as it can be told."""
-        values = Safetensors(os.path.join(HEADS, "llama", "model.safetensors")).floats("model.embed_tokens.weight")
+        """EAGLE-2's embedding as float32 and bfloat16 beside a float16 trunk: the same but for rounding."""
+        values = Safetensors(os.path.join(HEADS, "llama",
+                                          "model.safetensors")).floats("model.embed_tokens.weight")
         for kind, data, good in (
                 ("F32", f32(values), True), ("F32", f32([values[0] * 1.001] + values[1:]), True),
                 ("F32", f32(values[:-1] + [values[-1] + 0.01]), False),
@@ -436,7 +447,8 @@ class Heads(Export):
             self.assertFalse([k for k in m.metadata if k.startswith("draft")])
             self.assertEqual(get(self.out), with_option, name)
         for name in ("gguf_qwen3", "facebook"):
-            trunk = {n: t for n, t in self.exported(name)[0].tensors.items() if not n.startswith(("draft.", "pad."))}
+            trunk = {n: t for n,
+                     t in self.exported(name)[0].tensors.items() if not n.startswith(("draft.", "pad."))}
             alone = self.good(self.source(name), "--no-heads")
             self.assertEqual({n: t for n, t in alone.tensors.items() if not n.startswith("pad.")}, trunk)
             self.assertFalse([k for k in alone.metadata if k.startswith("draft")])
@@ -451,6 +463,8 @@ class Heads(Export):
         self.assertIn("2 are announced, 1 are here", self.printed)
         self.good(self.changed("mimo", lambda t: t.pop("model.mtp_layers.0.input_proj.weight")))
         self.assertIn("1 are announced, 0 are here", self.printed)
+        self.good(self.changed("medusa_vllm", None, {"num_heads": 4}), "--heads-for", self.source("llama"))
+        self.assertIn("4 are announced, 3 are here", self.printed)
 
         def two(tensors):
             for n in list(tensors):
@@ -480,15 +494,18 @@ class Heads(Export):
         def shaped(name, shape):
             return lambda t: t.update({name: ("BF16", shape, bytes(2 * shape[0] * (shape + (1,))[1]))})
         for words, name, change, settings in (
-                ("q_proj.weight: a tensor of shape", "mimo", shaped(mimo + "self_attn.q_proj.weight", (72, 28)), {}),
-                ("input_proj.weight: a tensor of shape", "mimo", shaped(mimo + "input_proj.weight", (28, 28)), {}),
+                ("q_proj.weight: a tensor of shape", "mimo",
+                 shaped(mimo + "self_attn.q_proj.weight", (72, 28)), {}),
+                ("input_proj.weight: a tensor of shape", "mimo",
+                 shaped(mimo + "input_proj.weight", (28, 28)), {}),
                 ("k_proj.weight: this tensor is missing", "deepseek",
                  lambda t: t.pop(deepseek + "self_attn.k_proj.weight"), {}),
                 ("gate_proj.weight: this tensor is missing", "deepseek",
                  lambda t: t.pop(deepseek + "mlp.gate_proj.weight"), {}),
                 ("norm.weight: this tensor is missing", "deepseek",
                  lambda t: t.pop(deepseek + "shared_head.norm.weight"), {}),
-                ("enorm.weight: this tensor is missing", "deepseek", lambda t: t.pop(deepseek + "enorm.weight"), {}),
+                ("enorm.weight: this tensor is missing", "deepseek",
+                 lambda t: t.pop(deepseek + "enorm.weight"), {}),
                 ("mtp_use_dedicated_embeddings", "qwen_mtp", None, {"mtp_use_dedicated_embeddings": True})):
             folder = self.changed(name, change, settings)
             self.refused([words] + ["--no-heads"] * bool(change), folder)
@@ -510,14 +527,19 @@ class Heads(Export):
                 ("tokens beyond", "eagle3_qwen3", d2t([-1] + good[1:]), {}),
                 ("does not mark", "eagle3_qwen3", d2t(good[:-1] + [good[-1] + 1]), {}),
                 ("a list of integers", "eagle3_qwen3", lambda t: t.update(d2t=("F32", [25], bytes(100))), {}),
-                ("lm_head.weight: a tensor of shape", "eagle3_qwen3", lambda t: t.pop("d2t") and t.pop("t2d"), {}),
+                ("lm_head.weight: a tensor of shape", "eagle3_qwen3",
+                 lambda t: t.pop("d2t") and t.pop("t2d"), {}),
                 ("2 layers in a head", "eagle3_qwen3", None, {"num_hidden_layers": 2}),
                 ("draft heads: width 40", "eagle3_qwen3", None, {"hidden_size": 40, "head_dim": 10}),
-                ("target_hidden_size is not the trunk's 20", "eagle3_qwen3", None, {"target_hidden_size": 40}),
+                ("target_hidden_size is not the trunk's 20", "eagle3_qwen3", None,
+                 {"target_hidden_size": 40}),
                 ("eagle_config", "eagle3_qwen3", None, {"eagle_config": {"use_last_layernorm": True}}),
-                ("reads the layers [1, 2, 7]", "eagle3_qwen3", None, {"eagle_aux_hidden_state_layer_ids": [1, 2, 7]}),
-                ("reads the layers [1, 2]", "eagle3_qwen3", None, {"eagle_aux_hidden_state_layer_ids": [1, 2]}),
-                ("reads the layers", "eagle3_qwen3", None, {"eagle_aux_hidden_state_layer_ids": [[[1]], 2, 3]}),
+                ("reads the layers [1, 2, 7]", "eagle3_qwen3", None,
+                 {"eagle_aux_hidden_state_layer_ids": [1, 2, 7]}),
+                ("reads the layers [1, 2]", "eagle3_qwen3", None,
+                 {"eagle_aux_hidden_state_layer_ids": [1, 2]}),
+                ("reads the layers", "eagle3_qwen3", None,
+                 {"eagle_aux_hidden_state_layer_ids": [[[1]], 2, 3]}),
                 ("norm_before_fc", "eagle3_speculators", None, {"norm_before_fc": True}),
                 ("speculators_model_type", "eagle3_speculators", None, {"speculators_model_type": "dflash"}),
                 ("model_type", "eagle3_speculators", None, inner(model_type="mamba")),
@@ -525,7 +547,6 @@ class Heads(Export):
                     {"midlayer.hidden_norm.weight": ("BF16", [10], bytes(20))}), {}),
                 ("heads share a matrix", "medusa_vllm", lambda t: t.update(
                     {"lm_heads.0.weight": ("F16", [64, 24], bytes(64 * 24 * 2))}), {}),
-                ("4 heads are announced, 3", "medusa_vllm", None, {"num_heads": 4}),
                 ("tokens beyond", "medusa_vllm", lambda t: t.update(
                     token_map=("I64", [37], struct.pack("<37q", *range(28, 65)))), {})):
             with self.subTest(words):
@@ -567,7 +588,8 @@ class Heads(Export):
             tensors = {"token_embd.weight": kind(40, dim), "output_norm.weight": ones}
             for i in range(2):
                 for name, rows, columns in (("attn_q", dim, dim), ("attn_k", dim, dim), ("attn_v", dim, dim),
-                                            ("attn_output", dim, dim), ("ffn_gate", 96, dim), ("ffn_up", 96, dim),
+                                            ("attn_output", dim, dim), ("ffn_gate", 96, dim),
+                                            ("ffn_up", 96, dim),
                                             ("ffn_down", dim, 96)):
                     tensors["blk.%d.%s.weight" % (i, name)] = kind(rows, columns)
                 for name in "attn_norm", "ffn_norm", "nextn.enorm", "nextn.hnorm":
@@ -576,7 +598,8 @@ class Heads(Export):
             tensors["blk.1.nextn.eh_proj.weight"] = blocks(dim, 2 * dim)
             tensors["blk.1.nextn.embed_tokens.weight"] = tensors["token_embd.weight"]
             pairs = {"general.architecture": "llama", "llama.block_count": 2, "llama.nextn_predict_layers": 1,
-                     "llama.context_length": 64, "llama.embedding_length": dim, "llama.feed_forward_length": 96,
+                     "llama.context_length": 64, "llama.embedding_length": dim,
+                     "llama.feed_forward_length": 96,
                      "llama.attention.head_count": 2, "llama.attention.layer_norm_rms_epsilon": 0.5}
             path = os.path.join(fresh_folder("heads", "gguf"), "q.gguf")
             return put(path, gguf_bytes(pairs, tensors)), tensors
@@ -606,7 +629,7 @@ class Heads(Export):
             self.assertEqual(m.tensors, want.tensors)
 
     def test_a_packed_trunk(self):
-        """Copies cannot be compared with packed matrices: embeddings are taken for the trunk's, with a note."""
+        """Copies cannot be compared with packed matrices: an embedding counts as the trunk's, with a note."""
         packed = scratch("heads", "trunks", "packed.bin")
         ok([self.trunk("llama"), "-m", "quantize", "--type", "q8", "-o", packed])
         m = self.good(self.source("eagle2"), "--heads-for", packed)
@@ -639,7 +662,8 @@ DICT, REBUILD = b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor
 EMPTY_DICT = DICT + b")R"
 
 
-def tensor(key="0", shape=(2, 3), strides=(3, 1), n=6, offset=0, kind=b"ctorch\nFloatStorage\n", tag="storage"):
+def tensor(key="0", shape=(2, 3), strides=(3, 1), n=6, offset=0, kind=b"ctorch\nFloatStorage\n",
+           tag="storage"):
     where = group(text(tag), kind, text(key), text("cpu"), number(n)) + b"Q"
     return REBUILD + group(where, number(offset), group(*map(number, shape)), group(*map(number, strides)),
                            b"\x89", EMPTY_DICT) + b"R"
@@ -684,14 +708,16 @@ class Torch(Export):
     def test_tensors(self):
         want = "F32", (2, 3), f32(range(6))
         self.assertEqual(self.read(listing(("w", tensor()))), {"w": want})
-        self.assertEqual(self.read(listing(("w", tensor()))[:-1] + b"}" + text("_metadata") + b"}sb."), {"w": want})
+        self.assertEqual(self.read(listing(("w", tensor()))[:-1] + b"}" + text("_metadata") + b"}sb."),
+                         {"w": want})
         got = self.read(listing(("a", tensor()), ("b", tensor(shape=(2,), strides=(1,), offset=4)),
                                 ("c", tensor(shape=(1, 3, 1), strides=(77, 1, 99), offset=3)),
                                 ("d", tensor(shape=(0, 3), offset=6)), ("e", tensor(shape=(), strides=()))))
-        self.assertEqual(got, {"a": want, "b": ("F32", (2,), f32([4, 5])), "c": ("F32", (1, 3, 1), f32([3, 4, 5])),
-                               "d": ("F32", (0, 3), b""), "e": ("F32", (), f32([0]))})
-        for kind, name, size in (("Half", "F16", 2), ("BFloat16", "BF16", 2), ("Long", "I64", 8), ("Int", "I32", 4),
-                                 ("Bool", "BOOL", 1)):
+        self.assertEqual(got, {
+            "a": want, "b": ("F32", (2,), f32([4, 5])), "c": ("F32", (1, 3, 1), f32([3, 4, 5])),
+            "d": ("F32", (0, 3), b""), "e": ("F32", (), f32([0]))})
+        for kind, name, size in (("Half", "F16", 2), ("BFloat16", "BF16", 2), ("Long", "I64", 8),
+                                 ("Int", "I32", 4), ("Bool", "BOOL", 1)):
             data = bytes(range(6 * size))
             got = self.read(listing(("w", tensor(kind=b"ctorch\n%sStorage\n" % kind.encode()))),
                             members={"a/data/0": data})
@@ -702,11 +728,12 @@ class Torch(Export):
         evil = text("touch '%s'" % canary)
         python = text("open(%r, 'w')" % canary)
         system = b"cposix\nsystem\n" if os.name == "posix" else b"cnt\nsystem\n"
-        calls = [system + b"(" + evil + b"tR", b"cos\nsystem\n(" + evil + b"tR", b"(" + evil + b"ios\nsystem\n",
-                 b"(cos\nsystem\n" + evil + b"o", b"cbuiltins\neval\n(" + python + b"tR",
+        calls = [system + b"(" + evil + b"tR", b"cos\nsystem\n(" + evil + b"tR",
+                 b"(" + evil + b"ios\nsystem\n", b"(cos\nsystem\n" + evil + b"o", b"cbuiltins\neval\n(" + python + b"tR",
                  b"cbuiltins\nexec\n(" + python + b"tR", b"q\x01h\x01cbuiltins\neval\n(" + python + b"tR"]
         for i, call in enumerate(calls):
-            for data in (b"\x80\x02}" + text("w") + call + b"s.", b"\x80\x02" + (b"N" if b"q\x01" in call else b"") +
+            for data in (b"\x80\x02}" + text("w") + call + b"s.",
+                         b"\x80\x02" + (b"N" if b"q\x01" in call else b"") +
                          call + b".", listing(("ok", tensor()), ("w", b"(" + call + b"t"))):
                 os.path.exists(canary) and os.remove(canary)
                 self.bad("", data)
@@ -722,21 +749,25 @@ class Torch(Export):
                 ("posix system", b"\x80\x02cposix\nsystem\n."),
                 ("STACK_GLOBAL", b"\x80\x04" + text("os") + text("system") + b"\x93."),
                 ("_rebuild_parameter", b"\x80\x02ctorch._utils\n_rebuild_parameter\n."),
-                ("torch load", b"\x80\x02ctorch\nload\n."), ("builtins getattr", b"\x80\x02cbuiltins\ngetattr\n."),
+                ("torch load", b"\x80\x02ctorch\nload\n."),
+                ("builtins getattr", b"\x80\x02cbuiltins\ngetattr\n."),
                 ("NEWOBJ", b"\x80\x02" + DICT + b")\x81."), ("EXT1", b"\x80\x02\x82\x01."),
                 ("INST", b"\x80\x02(ios\nsystem\n."), ("OBJ", b"\x80\x02(" + DICT + b"o."),
                 # a text is not a global, and a global is not called unless it is one of two
                 ("a call of something else", b"\x80\x02" + text("collections OrderedDict") + b")R."),
                 ("a call of something else", b"\x80\x02ctorch\nFloatStorage\n)R."),
                 ("unknown kind", listing(("w", tensor(kind=text("torch FloatStorage"))))),
-                ("unknown kind", listing(("w", tensor(kind=DICT)))), ("unknown kind", listing(("w", tensor(tag="x")))),
-                ("dictionary of tensors", b"\x80\x02" + DICT + b"."), ("no tensor", listing(("w", text("x")))),
-                ("no tensor", listing(("w", EMPTY_DICT))), ("", b"\x80\x02h\x07."), ("", b"\x80\x02."), ("", b""),
-                ("", b"\x80\x02}"), ("", b"\x80\x02t."), ("", b"\x80\x02(R."), ("", b"\xff\xff"),
+                ("unknown kind", listing(("w", tensor(kind=DICT)))),
+                ("unknown kind", listing(("w", tensor(tag="x")))),
+                ("dictionary of tensors", b"\x80\x02" + DICT + b"."),
+                ("no tensor", listing(("w", text("x")))),
+                ("no tensor", listing(("w", EMPTY_DICT))), ("", b"\x80\x02h\x07."), ("", b"\x80\x02."),
+                ("", b""), ("", b"\x80\x02}"), ("", b"\x80\x02t."), ("", b"\x80\x02(R."), ("", b"\xff\xff"),
                 ("", listing(("w", tensor()))[:-3]), ("", b"\x80\x02" + text("x") + b"Q."),
                 ("", b"\x80\x02X\xff\xff\xff\xffx."), ("", b"\x80\x02\x8e" + bytes([255] * 8) + b"."),
                 ("", b"\x80\x02(((((tQ."), ("", b"\x80\x02K\x01K\x01K\x02s."),
-                ("", b"\x80\x02" + DICT + b"(K\x05tR."), ("", listing(("w", FORGED))), ("", b"\x80\x02" + REBUILD + b"(NNNNtR."),
+                ("", b"\x80\x02" + DICT + b"(K\x05tR."), ("", listing(("w", FORGED))),
+                ("", b"\x80\x02" + REBUILD + b"(NNNNtR."),
                 ("", b"\x80\x02}(" + text("x") + b"u."), ("no texts", b"\x80\x02}K\x01K\x02s.")):
             with self.subTest(words, data=data[:60]):
                 self.bad(words, data)
@@ -744,13 +775,15 @@ class Torch(Export):
     def test_bombs(self):
         """Sizes that are claimed, values that double, keys whose hashes would take for ever."""
         nest = b")" + b"q\x01(h\x01h\x01t" * 60
-        pairs = group(group(group(nest, number(1))))
-        for data in (b"\x80\x02}" + nest + b"K\x01s.", b"\x80\x02" + DICT + pairs + b"R.", b"\x80\x02" + nest + b".", b"\x80\x02" + nest + b"Q.",
+        pairs = group(group(group(group(nest), number(1))))
+        for data in (b"\x80\x02}" + group(nest) + b"K\x01s.", b"\x80\x02" + DICT + pairs + b"R.",
+                     b"\x80\x02" + nest + b".", b"\x80\x02" + nest + b"Q.",
                      listing(("w", nest)), listing(("w", tensor(shape=(1 << 40, 1 << 40)))),
                      listing(("w", tensor().replace(group(number(2), number(3)), nest))),
                      b"\x80\x02N" + b"r\xff\xff\xff\x7f" + b".", b"\x80\x02" + b"(" * 100000 + b".",
                      b"\x80\x02" + b"(" * 50000 + b"t" * 50000 + b".", b"\x80\x02" + b")\x85" * 50000 + b".",
-                     b"\x80\x02" + REBUILD + b")" + b"\x85" * 50000 + b"R.", b"\x80\x02N" + b"2" * 100000 + b"."):
+                     b"\x80\x02" + REBUILD + b")" + b"\x85" * 50000 + b"R.",
+                     b"\x80\x02N" + b"2" * 100000 + b"."):
             self.bad("", data)
         self.bad("a list of tensors of", b"\x80\x02N." + bytes(9 << 20))
 
@@ -758,8 +791,10 @@ class Torch(Export):
         for words, item in (
                 ("within its storage", tensor(offset=1)), ("within its storage", tensor(offset=-1)),
                 ("within its storage", tensor(shape=(3, 3))), ("within its storage", tensor(shape=(-2, 3))),
-                ("within its storage", tensor(shape=(2,))), ("within its storage", tensor(shape=(1,) * 9, strides=(1,) * 9)),
-                ("within its storage", tensor(offset=1 << 60)), ("within its storage", tensor(shape=(1 << 50, 0))),
+                ("within its storage", tensor(shape=(2,))),
+                ("within its storage", tensor(shape=(1,) * 9, strides=(1,) * 9)),
+                ("within its storage", tensor(offset=1 << 60)),
+                ("within its storage", tensor(shape=(1 << 50, 0))),
                 ("contiguous", tensor(strides=(1, 2))), ("contiguous", tensor(strides=(0, 1))),
                 ("contiguous", tensor(shape=(2, 2))), ("contiguous", tensor(shape=(3,), strides=(2,))),
                 ("has 24 bytes", tensor(n=7)), ("has 24 bytes", tensor(n=5)), ("has 24 bytes", tensor(n=-6)),
@@ -778,20 +813,29 @@ class Torch(Export):
         path = archive(scratch("heads", "sizes.pt"), good)
         data = get(path)
         entry = data.rindex(b"PK\1\2", 0, data.rindex(b"a/data/0"))     # in the directory at the end
-        for at, form, value, words in ((20, "<II", (400, 400), "does not fit"), (42, "<I", (1 << 30,), "not there"),
+        for at, form, value, words in ((20, "<II", (400, 400), "does not fit"),
+                                       (42, "<I", (1 << 30,), "not there"),
                                        (42, "<I", (9,), "does not fit"), (8, "<H", (1,), "encrypted"),
-                                       (20, "<II", (8, 24), "compressed")):
+                                       (20, "<II", (8, 24), "compressed"),
+                                       (10, "<H", (8,), "compressed")):
             broken = bytearray(data)
             struct.pack_into(form, broken, entry + at, *value)
             with self.assertRaises(e.Refused) as caught:
                 e.read_torch(put(path, bytes(broken)), {})
             self.assertIn(words, str(caught.exception))
+        local = data.index(b"a/data/0") - 30                # what stands before the bytes themselves
+        for broken, words in ((data[:local] + b"PX" + data[local + 2:], "does not fit"),
+                              (data.replace(b"a/byteorder", b"a/data/0\0\0\0"), "no zip file of torch.save")):
+            with self.assertRaises(e.Refused) as caught:
+                e.read_torch(put(path, broken), {})
+            self.assertIn(words, str(caught.exception))
         e.read_torch(put(path, data), {})
 
     def test_fuzz(self):
-        """Files with some bytes changed, or cut: a sentence or a result, never a traceback (main() sees to it)."""
+        """Files with some bytes changed, or cut: a sentence or a result (main() sees to it)."""
         r, ends = random.Random(7), [0, 0]
-        for name, file, option in (("medusa", "medusa_lm_head.pt", True), ("eagle3", "pytorch_model.bin", True),
+        for name, file, option in (("medusa", "medusa_lm_head.pt", True),
+                                   ("eagle3", "pytorch_model.bin", True),
                                    ("facebook", "consolidated.pth", False)):
             folder = fresh_folder("heads", "fuzz")
             shutil.copytree(os.path.join(HEADS, name), folder, dirs_exist_ok=True)
