@@ -70,6 +70,19 @@ class Statistics(unittest.TestCase):
         seen.append(self.check(DAMPING, odd, "output.weight", "norm", -1, 100, 10000, file, windows))
         self.assertEqual(len({str(s) for s in seen}), 9)
 
+    def test_the_last_norm(self):
+        """What the output matrix multiplies, for all rows: its products are the logits."""
+        odd, ids = small_model("llama_odd"), [5, 70, 33, 2, 9]
+        file = text("norm", [i % 77 for i in range(300)])
+        data = works(["statistics", odd, "output.weight", "norm", -1, 100, 300, file], stdin=ints([-1] + ids))[4 * 33 * 33:]
+        rows = [struct.unpack_from("<33f", data, 4 * 33 * i) for i in range(len(ids))]
+        weights = packed_values(Safetensors(odd), "output.weight")[1]
+        logits = works(["logits", odd, 0], stdin=ints(ids))
+        self.assertEqual(len(logits), 4 * 77 * len(ids))
+        for i, row in enumerate(rows):
+            for j, x in enumerate(struct.unpack_from("<77f", logits, 4 * 77 * i)):
+                self.assertAlmostEqual(math.fsum(map(float.__mul__, row, weights[j])), x, delta=1e-4)
+
     def test_every_window_begins_with_bos(self):
         rng = random.Random(8)
         odd = changed(small_model("llama_odd"), "odd-bos", {"token.bos": "1", "token.add_bos": "1"})

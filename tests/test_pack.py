@@ -397,6 +397,16 @@ class Floats(unittest.TestCase):
                 self.assertEqual(packed_values(file, MATRIX)[0], kind)
                 self.assertEqual(packed_values(file, MATRIX)[1], packed_values(first, MATRIX)[1])
 
+    def test_finer_grids_to_coarser(self):
+        """Levels that the new type lacks are not taken over."""
+        w, path = self.file("finer", 16, 64)
+        for first, kind in (("q8", "q6"), ("q8", "q4"), ("q6", "q4"), ("q8", "q4a")):
+            quantize(path, first)
+            got = packed_values(quantize(scratch("pack", "finer-%s.bin" % first), kind), MATRIX)[1]
+            for (r, c, a), (_, _, b) in zip(groups(got), groups(w)):
+                self.assertLessEqual(squares([x - y for x, y in zip(a, b)]),
+                                     0.1 * squares(b) + 1e-10, (first, kind, r, c))
+
     def test_grid_points_stay(self):
         """Values that lie on a grid come back as they are."""
         rng = random.Random(1)
