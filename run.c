@@ -17,7 +17,7 @@
      == MODEL            the container (safetensors), the configuration, the weights
      == TRANSFORMER      arithmetic, reference kernels, threads, the cache, forward()
      == SAMPLING         from logits to a token; random numbers; log-probabilities
-     == DRAFTING         generate: the loop that draws, emits and stops
+     == DRAFTING         guesses and their verification; generate: the loop that draws, emits and stops
      == PACKING          making model files: raw blocks and floats into packed matrices
      == SPEED            the same kernels for vector instructions, compiled once per set
      == PROGRAM          the command line: modes, options, output
