@@ -3890,7 +3890,7 @@ static int propose(run_session *s, const run_generation *how, int most)
             follow(&d->corpus, &d->in_corpus, s->tokens[d->in_corpus_at++]);
     }
     struct cursor here = lookup_end(&d->text), there = d->in_corpus;
-    int heads = s->prophets && how->draft != RUN_DRAFT_LOOKUP && d->timed[1] >= 2; /* they have seen all proposals so far */
+    int heads = s->prophets && how->draft != RUN_DRAFT_LOOKUP && (d->random || d->timed[1] >= 2); /* they have seen all proposals so far */
     double rate = rate_of(d);
     for (double reached = 1; d->proposed < most && reached > 0.02; d->proposed++) {
         struct proposal *p = &d->window[d->proposed];
@@ -4822,13 +4822,16 @@ static int is_weight(const struct tensor *t, const struct container *c)
            (t->n_dims == 2 || find_packing(c, "packed.", t->name) || find_packing(c, "ggml.", t->name));
 }
 
-/* What a matrix becomes. Embedding and output matrix stay at 8 bits when others go to 4. */
+static int is_head(const char *name) { return !strncmp(name, "draft.", 6); }
+
+/* What a matrix becomes. Embedding and output matrix stay at 8 bits when others go to 4; draft heads
+   lose most of their acceptance with less. */
 static enum type planned_type(const struct source *s, const char *name, int automatic, enum type type)
 {
     if (automatic)
         return s->m.type == RAW ? s->raw->packed : s->m.type;
-    int end = !strcmp(name, "token_embd.weight") || !strcmp(name, "output.weight");
-    return end && (type == Q4 || type == Q4A) ? Q8 : type;
+    int end = !strcmp(name, "token_embd.weight") || !strcmp(name, "output.weight"), head = is_head(name);
+    return (end && (type == Q4 || type == Q4A)) || (head && type >= Q4) ? Q8 : type;
 }
 
 /* Which matrices deserve more bits: 0 the most. Every logit depends on the output matrix, all that follows on the
@@ -4851,7 +4854,7 @@ static void spend_bits(struct planned *plan, int n, struct container *c, double 
 {
     double left = 0;                /* bytes; padding counts as weights */
     for (int i = 0; i < n; i++)
-        if (plan[i].rows) {
+        if (plan[i].rows && !is_head(plan[i].tensor->name)) {
             plan[i].type = Q4;
             left += (bits / 4.5 - 1) * (double)matrix_bytes(Q4, plan[i].rows, plan[i].cols);
         }
@@ -4859,7 +4862,7 @@ static void spend_bits(struct planned *plan, int n, struct container *c, double 
         for (int i = 0; i < n; i++) {
             struct planned *p = &plan[i];
             enum type better = step < 6 ? Q6 : Q8;
-            if (!p->rows || deserves(c, p->tensor->name) != step % 6)
+            if (!p->rows || is_head(p->tensor->name) || deserves(c, p->tensor->name) != step % 6)
                 continue;
             double more = (double)matrix_bytes(better, p->rows, p->cols) - (double)matrix_bytes(p->type, p->rows, p->cols);
             if (more < left + 0.5) {
@@ -4870,6 +4873,15 @@ static void spend_bits(struct planned *plan, int n, struct container *c, double 
 }
 
 static int is_pad(const char *name) { return !strncmp(name, "pad.", 4); }
+
+enum { PAGE = 4096 };
+
+/* Bytes between tensor i, which ends at `offset`, and the next: the first of the draft heads has a page of its own. */
+static size_t padding(const struct planned *plan, int n, int i, size_t offset)
+{
+    size_t align = i + 1 < n && is_head(plan[i + 1].tensor->name) && !is_head(plan[i].tensor->name) ? PAGE : 64;
+    return (align - offset % align) % align;
+}
 
 /* The header of the new file: old metadata without what described the old packing, new tensors.
    Tensors begin on multiples of 64 bytes, with tensors pad.N in between. */
@@ -4928,15 +4940,15 @@ static int write_header(struct text *h, const struct container *c, struct planne
         }
         text_print(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + plan[i].size);
         offset += plan[i].size;
-        if (offset % 64) {
-            size_t pad = 64 - offset % 64;
+        size_t pad = padding(plan, n, i, offset);
+        if (pad) {
             text_print(h, ",\"pad.%d\":{\"dtype\":\"U8\",\"shape\":[%zu],\"data_offsets\":[%zu,%zu]}", pads++, pad,
                        offset, offset + pad);
             offset += pad;
         }
     }
     text_print(h, "}");
-    while ((h->n + 8) % 64 && !h->broken)
+    while ((h->n + 8) % (find_text(c, "draft.count") ? PAGE : 64) && !h->broken)
         text_add(h, " ", 1);
     return h->broken ? -1 : 0;
 }
@@ -5150,7 +5162,7 @@ static int write_tensors(FILE *file, const struct container *c, struct planned *
     if (fwrite(&length, 8, 1, file) != 1 || fwrite(header->data, header->n, 1, file) != 1)
         return fail(error, "cannot write: %s", strerror(errno));
     for (int i = 0; i < n; i++) {
-        static const char zeros[64];
+        static const char zeros[PAGE];
         const struct tensor *t = plan[i].tensor;
         uint32_t crc = 0;
         if (isatty(2))
@@ -5183,9 +5195,10 @@ static int write_tensors(FILE *file, const struct container *c, struct planned *
         snprintf(digits, sizeof digits, "%08x", (unsigned)crc);
         memcpy(header->data + plan[i].crc_at, digits, 8);
         offset += plan[i].size;
-        if (offset % 64 && fwrite(zeros, 64 - offset % 64, 1, file) != 1)
+        size_t pad = padding(plan, n, i, offset);
+        if (pad && fwrite(zeros, pad, 1, file) != 1)
             return fail(error, "cannot write: %s", strerror(errno));
-        offset = (offset + 63) / 64 * 64;
+        offset += pad;
     }
     if (isatty(2))
         fprintf(stderr, "\r%50s\r", "");

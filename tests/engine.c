@@ -1007,8 +1007,12 @@ static int use_model(const run_model *m, run_error *error)
             if (ids[k] < 0 || ids[k] >= m->config.vocab)
                 die("%s: id %d of %d", now_trying, ids[k], m->config.vocab);
     }
-    failed = run_eval(s, first, 3, error) || (n && run_eval(s, ids, n < 20 ? n : 20, error)) ||
-             run_generate(s, &how, NULL, error);
+    failed = run_eval(s, first, 3, error) || (n && run_eval(s, ids, n < 20 ? n : 20, error));
+    if (!failed && m->n_heads) {        /* that their proposals are wrong is no error */
+        s->drafting = need(drafting_open(s, error));
+        s->drafting->random = 1;
+    }
+    failed = failed || run_generate(s, &how, NULL, error);
     free(ids);
     run_session_close(s);
     if (run_text(m, "chat.user.before") && m->tokenizer) {
@@ -1027,6 +1031,8 @@ static int use_model(const run_model *m, run_error *error)
     return failed ? -1 : 0;
 }
 
+static const char *trunk_of_heads; /* files are draft heads for this model */
+
 /* 0, or -1 and why the file is refused. */
 static int try_file(const char *path, int thoroughly, run_error *error)
 {
@@ -1038,12 +1044,16 @@ static int try_file(const char *path, int thoroughly, run_error *error)
     alarm(60);
     turn++;
     error->text[0] = '\0';
-    run_model *m = run_open(path, error);
+    run_model *m = run_open(trunk_of_heads ? trunk_of_heads : path, error);
+    if (m && trunk_of_heads && run_attach_heads(m, path, error)) {
+        run_close(m);
+        m = NULL;
+    }
     int opened = m != NULL, failed = m ? use_model(m, error) : -1;
     if (failed)
         check_sentence(error->text);
     run_close(m);
-    if (thoroughly) {
+    if (thoroughly && !trunk_of_heads) {
         run_error other = { "" };
         snprintf(out, sizeof out, "%.500s.out", path);
         struct options o = parse_options(10, quantize);
@@ -1268,6 +1278,7 @@ int main(int n, char **words)
         return context_of(path, numbers[0]);
     if (!strcmp(command, "statistics") && n == 9)
         return statistics(path, words + 3);
+    trunk_of_heads = getenv("HEADS_OF");
     if (!strcmp(command, "bad") && n == 7)
         return bad(path, words[3], numbers[1], numbers[2], numbers[3]);
     if (!strcmp(command, "files"))

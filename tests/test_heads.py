@@ -317,6 +317,50 @@ class Heads(Export):
             out = works(["drafts", files[0], 3, 6, files[1] if name in BESIDE else ""]).decode()
             self.assertGreater(int(re.search(r"(\d+) by heads", out).group(1)), 50, (name, out))
 
+    def test_packing_spares_heads(self):
+        """At least 8 bits, last, on a page of their own; and the packed model drafts."""
+        path, packed = scratch("heads", "mimo.bin"), scratch("heads", "mimo-packed.bin")
+        self.assertEqual(main(self.source("mimo"), "-o", path)[0], 0)
+        for more in (["--type", "q4"], ["--type", "q6"], ["--bits", "4.5"], ["--type", "f32"]):
+            ok([path, "-m", "quantize", "-o", packed] + more)
+            file = Safetensors(packed)
+            types = {file.metadata.get("packed." + name, dtype).split()[0] for name, (dtype, shape, _) in file.tensors.items()
+                     if name.startswith("draft.") and name.endswith("weight") and "norm" not in name}
+            self.assertLessEqual(types, {"q8", "BF16", "F32"}, more)
+            data = get(packed)
+            start = 8 + struct.unpack("<Q", data[:8])[0]
+            places = {name: at["data_offsets"][0] + start for name, at in json.loads(data[8:start].decode()).items() if name[:2] != "__"}
+            first = min(at for name, at in places.items() if name.startswith("draft."))
+            self.assertEqual(first % 4096, 0)
+            self.assertLess(max(at for name, at in places.items() if name[:6] not in ("draft.", "pad.%s" % name[4:6])), first)
+            self.assertIn("by heads", works(["drafts", packed, 3, 2]).decode())
+
+    def test_damaged_heads(self):
+        """Every cut, changed bytes, hostile facts: a sentence or a working model, under sanitizers."""
+        for name in ("mimo", "eagle3", "medusa"):
+            with open(os.path.join(HEADS, name, "expected.json")) as f:
+                (trunk, path), _, _ = self.said_by_run_c(name, json.load(f), 1)
+            path, env = (path, {"HEADS_OF": trunk}) if name in BESIDE else (trunk, {})
+            size, work = os.path.getsize(path), scratch("heads", "damaged")
+            out = works(["bad", path, work, 0, 400, 3], "sanitized", env=env).decode()
+            fine, refused = map(int, re.findall(r"\d+", out))
+            self.assertGreater(min(fine, refused), 60, out)
+            out = works(["bad", path, work, size, max(0, size - 300), 0], "sanitized", env=env).decode()
+            self.assertEqual(out, "0 fine, %d refused\n" % min(size, 300))
+            file, names, said = Safetensors(path), [], set()
+            for key in [k for k in file.metadata if k.startswith("draft.")] + ["draft.0.layers", "draft.0.may_chain"]:
+                for value in ("-1", "0", "17", "x 2"):
+                    names.append(scratch("heads", "hostile-%d" % len(names)))
+                    write_safetensors(names[-1], dict(file.metadata, **{key: value}), file.tensors)
+            for lost in [t for t in file.tensors if t.startswith("draft.")]:
+                names.append(scratch("heads", "hostile-%d" % len(names)))
+                write_safetensors(names[-1], file.metadata, {t: v for t, v in file.tensors.items() if t != lost})
+            for line in works(["files"], "sanitized", env=env, stdin="".join(n + "\n" for n in names)).decode().split("\n"):
+                said.add(re.sub(r"^\S+: ", "", line))
+            self.assertGreater(len(said), 15, said)
+            for n in names:
+                os.remove(n)
+
     def test_every_option_matters(self):
         """With any fact about a head changed, its logits are others: the test above sees it."""
         for name, key, value in (
