@@ -337,6 +337,349 @@ def stage_check(o):
         (len(mine), (mine - theirs).abs().max(), (mine - theirs).abs().mean()))
 
 
+
+# ---------------------------------------------------------------- 4. train
+
+def make_head(o, trunk, rows):
+    """The module: u = E n(e) + H n(h), one layer, a norm. Its rows are the trunk's and stay as they are."""
+    import torch
+    from torch import nn
+    d, heads, kv, size = trunk.dim, o.heads or trunk.heads, o.kv_heads or trunk.kv_heads, o.head_dim or trunk.size
+    hidden = o.hidden or min(512, d)
+    head = nn.Module()
+    head.shape = {"dim": d, "hidden_dim": hidden, "n_layers": 1, "n_heads": heads, "n_kv_heads": kv, "head_dim": size,
+                  "context_length": trunk.meta["context_length"], "vocab_size": len(rows) or trunk.vocab,
+                  "norm.eps": trunk.meta.get("norm.eps", "1e-05"), "rope.base": trunk.meta.get("rope.base", "10000"),
+                  "rope.pairing": "half", "rope.dims": size}
+    shapes = {"e_proj.weight": (d, d), "h_proj.weight": (d, d), "blk.0.attn_q.weight": (heads * size, d),
+              "blk.0.attn_k.weight": (kv * size, d), "blk.0.attn_v.weight": (kv * size, d),
+              "blk.0.attn_output.weight": (d, heads * size), "blk.0.ffn_gate.weight": (hidden, d),
+              "blk.0.ffn_up.weight": (hidden, d), "blk.0.ffn_down.weight": (d, hidden)}
+    w = {name: torch.randn(shape) * shape[1] ** -0.5 for name, shape in shapes.items()}
+    for name in ("blk.0.attn_output.weight", "blk.0.ffn_down.weight"):
+        w[name] *= 0.3
+    w["h_proj.weight"], w["e_proj.weight"] = torch.eye(d) + 0.1 * w["h_proj.weight"], 0.5 * w["e_proj.weight"]
+    for name in ("e_norm", "h_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        w[name + ".weight"] = torch.ones(d)
+    w["output_norm.weight"] = trunk.w["output_norm.weight"].cpu().clone()
+    head.w = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(t) for name, t in w.items()})
+    head.get = lambda name: head.w[name.replace(".", "/")]
+    return head.to(trunk.device)
+
+
+def unroll(head, e, h, steps):
+    """States of each step. e [batch, n + steps, d]: embedding of the token after position t, then of those that follow;
+    h [batch, n, d]. Row t of step j is a chain that began at t: it sees the true rows up to t and its own
+    chained rows at t + 1 .. t + j, one of each step."""
+    import torch
+    f, get, s = torch.nn.functional, head.get, head.shape
+    batch, n, d = h.shape
+    heads, kv, size, eps = s["n_heads"], s["n_kv_heads"], s["head_dim"], float(s["norm.eps"])
+    pairs = torch.arange(size // 2, dtype=torch.float64)
+    angles = torch.arange(n + steps, dtype=torch.float64)[:, None] * float(s["rope.base"]) ** (-pairs / (size // 2))
+    cos, sin = angles.cos().float().to(h.device), angles.sin().float().to(h.device)
+    split = lambda t, count: t.view(batch, n, count, size).transpose(1, 2)
+    future = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
+    e = rms(e, get("e_norm.weight"), eps) @ get("e_proj.weight").T
+    found, own = [], []
+    for j in range(steps):
+        u = e[:, j:j + n] + rms(h, get("h_norm.weight"), eps) @ get("h_proj.weight").T
+        y = rms(u, get("blk.0.attn_norm.weight"), eps)
+        q, k, v = (split(y @ get("blk.0.attn_%s.weight" % c).T, count) for c, count in (("q", heads), ("k", kv), ("v", kv)))
+        q, k = (rotate(t, cos[j:j + n], sin[j:j + n], False) for t in (q, k))
+        k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
+        if j == 0:
+            keys, values = k, v
+            y = f.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            own.append((k, v))
+            scores = torch.cat([(q @ keys.transpose(-1, -2)).masked_fill(future, -math.inf)] +
+                               [(q * mine).sum(-1, keepdim=True) for mine, _ in own], -1)
+            p = (scores * size ** -0.5).softmax(-1)
+            y = p[..., :n] @ values
+            for i, (_, mine) in enumerate(own):
+                y = y + p[..., n + i:n + i + 1] * mine
+        u = u + y.transpose(1, 2).reshape(batch, n, -1) @ get("blk.0.attn_output.weight").T
+        y = rms(u, get("blk.0.ffn_norm.weight"), eps)
+        u = u + (f.silu(y @ get("blk.0.ffn_gate.weight").T) * (y @ get("blk.0.ffn_up.weight").T)) @ get("blk.0.ffn_down.weight").T
+        h = rms(u, get("output_norm.weight"), eps)
+        found.append(h)
+    return found
+
+
+def soft_cross_entropy():
+    """sum of -p log softmax(y . rows), with the gradient for y alone; p may sum to less than 1."""
+    import torch
+
+    class SoftCrossEntropy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y, rows, p):
+            z = (y @ rows.T).log_softmax(-1)
+            loss = -(p * z).sum()
+            mass = p.sum(-1, keepdim=True)
+            ctx.save_for_backward(z.exp_().mul_(mass).sub_(p) @ rows)
+            return loss
+
+        @staticmethod
+        def backward(ctx, g):
+            return ctx.saved_tensors[0] * g, None, None
+    return SoftCrossEntropy.apply
+
+
+class Muon:
+    """Momentum whose update is made orthogonal: for matrices. 0.2 sqrt(longer side): steps as large as AdamW's."""
+
+    def __init__(self, matrices, momentum=0.95):
+        import torch
+        self.matrices, self.momentum = list(matrices), momentum
+        self.moments = [torch.zeros_like(w) for w in self.matrices]
+
+    def step(self, rate):
+        import torch
+        with torch.no_grad():
+            for w, m in zip(self.matrices, self.moments):
+                m.lerp_(w.grad, 1 - self.momentum)
+                x = w.grad.lerp(m, self.momentum)
+                tall = x.shape[0] > x.shape[1]
+                x = x.T if tall else x
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                w.add_(x.T if tall else x, alpha=-rate * 0.2 * max(x.shape) ** 0.5)
+
+
+def batches(sequences, tokens, chance):
+    """Batches of sequences of similar length, in random order."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]["states"]) + chance.random() * 40)
+    found, some = [], []
+    for i in order:
+        if some and (len(some) + 1) * len(sequences[i]["states"]) > tokens:
+            found.append(some)
+            some = []
+        some.append(i)
+    found.append(some)
+    chance.shuffle(found)
+    return [[sequences[i] for i in some] for some in found]
+
+
+def padded(some, steps, device):
+    """ids [batch, n + steps + 1], states [batch, n, d], and length and first position to learn of each."""
+    import torch
+    n = max(len(s["states"]) for s in some)
+    ids = torch.zeros(len(some), n + steps + 1, dtype=torch.long)
+    h = torch.zeros(len(some), n, some[0]["states"].shape[1])
+    total = torch.full((len(some), n), math.inf)        # exp(z - inf) = 0: what is padding weighs nothing
+    for i, s in enumerate(some):
+        ids[i, :len(s["ids"])] = s["ids"]
+        h[i, :len(s["states"])] = s["states"].float()
+        total[i, s["first"]:len(s["states"])] = s["total"][s["first"]:]
+    return ids.to(device), h.to(device), total.to(device)
+
+
+def measure(head, trunk, rows, tokens_of_row, sequences, steps):
+    """What an engine would see on the answers: acceptance by step, each given those before, tokens per pass of windows."""
+    import torch
+    hits, tries = [0] * steps, [0] * steps
+    emitted, passes = [0] * (steps + 1), [0] * (steps + 1)
+    for s in sequences:
+        ids, h, _ = padded([s], steps, trunk.device)
+        with torch.no_grad():
+            e = trunk.embed(ids[:, 1:])
+            guesses = [tokens_of_row[(y @ rows.T).argmax(-1)][0].cpu() for y in unroll(head, e, h, steps)]
+        n, first, line = len(s["ids"]), s["prompt"] - 1, s["ids"].long()
+        run_of = []                 # how many proposals at t are right, one after the other
+        for t in range(first, n - 2):
+            right = 0
+            while right < steps and t + 2 + right < n and guesses[right][t] == line[t + 2 + right]:
+                right += 1
+            run_of.append(right)
+            for j in range(steps):
+                if t + 2 + j < n and right >= j:
+                    tries[j] += 1
+                    hits[j] += right > j
+        for window in range(steps + 1):
+            t = 0
+            while t < len(run_of) + 1:
+                taken = min(window, run_of[t]) if t < len(run_of) else 0
+                passes[window] += 1
+                emitted[window] += taken + 1
+                t += taken + 1
+    return [a / max(b, 1) for a, b in zip(hits, tries)], [a / max(b, 1) for a, b in zip(emitted, passes)]
+
+
+def load_states(o):
+    import torch
+    sequences = []
+    for name in sorted(os.listdir(o.work)):
+        if name.startswith("states-") and name.endswith(".pt"):
+            sequences += torch.load(os.path.join(o.work, name))
+    sequences = [s for s in sequences if len(s["ids"]) > s["prompt"] + 2 and len(s["ids"]) > 8]
+    if not sequences:
+        sys.exit("train_heads.py: no states in %s yet" % o.work)
+    texts = [s["ids"][:64].tolist() for s in sequences]
+    same = 0                        # what all begin with (a system prompt) teaches nothing
+    while all(t[same:same + 1] == texts[0][same:same + 1] and same < 64 for t in texts):
+        same += 1
+    for s in sequences:
+        s["first"] = same
+    chance = random.Random(o.seed)
+    chance.shuffle(sequences)
+    return [s for s in sequences if not s["held_out"]], [s for s in sequences if s["held_out"]]
+
+
+def choose_rows(o, trunk, sequences):
+    """The tokens that the trunk itself proposes or writes most often; none: all rows."""
+    import torch
+    if not o.rows or o.rows >= trunk.vocab:
+        return []
+    count = torch.zeros(trunk.vocab)
+    for s in sequences:
+        at = s["prompt"]
+        count += torch.bincount(s["ids"][at:].long(), minlength=trunk.vocab) + torch.bincount(s["best"][at - 1:].long(), minlength=trunk.vocab)
+        count += 0.1 * torch.bincount(s["ids"][:at].long(), minlength=trunk.vocab)
+    for token in trunk.eos:
+        count[token] += 1
+    rows = count.argsort(descending=True)[:o.rows]
+    say("%d rows: %.2f %% of the tokens of the answers" % (len(rows), 100 * count[rows].sum() / count.sum()))
+    return sorted(rows.tolist())
+
+
+def stage_train(o):
+    import torch
+    trunk, (learn, test) = Trunk(o.model, o.work, device_of(o)), load_states(o)
+    path, log = os.path.join(o.work, o.head), os.path.join(o.work, o.head.replace(".pt", "") + ".tsv")
+    torch.manual_seed(o.seed)
+    chance, loss_of = random.Random(o.seed), soft_cross_entropy()
+    tokens = sum(len(s["states"]) for s in learn)
+    say("%d sequences, %d tokens to learn from; %d held out" % (len(learn), tokens, len(test)))
+    chosen = choose_rows(o, trunk, learn)
+    head = make_head(o, trunk, chosen)
+    state = {"step": 0, "seconds": 0.0, "seen": 0}
+    old = torch.load(path) if os.path.exists(path) else None
+    if old:
+        chosen = old["rows"]
+        if {k: v for k, v in old["shape"].items()} != {**head.shape, "vocab_size": len(chosen) or trunk.vocab}:
+            sys.exit("train_heads.py: %s is a head of another shape; name another with --head" % path)
+        head.load_state_dict(old["weights"])
+        if not old["finished"]:
+            state = old["state"]
+    tokens_of_row = torch.tensor(chosen or list(range(trunk.vocab)), device=trunk.device)
+    rows = (trunk.output[tokens_of_row] * trunk.logit_scale).contiguous()
+    matrices = [w for w in head.parameters() if w.ndim == 2]
+    vectors = [w for w in head.parameters() if w.ndim == 1]
+    muon, adam = Muon(matrices), torch.optim.AdamW(vectors, betas=(0.9, 0.95), weight_decay=0)
+    if old and not old["finished"]:
+        muon.moments = old["muon"]
+        adam.load_state_dict(old["adam"])
+    size = sum(w.numel() for w in head.parameters())
+    say("head of %d weights (%.1f %% of the trunk's layers), %d output rows" %
+        (size, 100 * size / sum(t.numel() for n, t in trunk.w.items() if n.startswith("blk.")), len(tokens_of_row)))
+    queue, began, spent, shown = [], time.time(), state["seconds"], 0.0
+    greedy, drawn = [s for s in test if s["greedy"]], [s for s in test if not s["greedy"]]
+
+    def report(loss, final=False):
+        few = None if final else o.test
+        (a, b), (c, d) = (measure(head, trunk, rows, tokens_of_row, part[:few], 4) for part in (greedy, drawn))
+        line = "%d\t%.0f\t%.2f\t%.4f\t%s\t%.3f %.3f %.3f\t%s\t%.3f %.3f %.3f" % (
+            state["step"], state["seconds"], state["seen"] / tokens, loss, " ".join("%.3f" % x for x in a), b[1], b[2], b[3],
+            " ".join("%.3f" % x for x in c), d[1], d[2], d[3])
+        say(line)
+        with open(log, "a") as file:
+            file.write(line + "\n")
+        return a, c, b, d
+
+    def save(finished, measured=None):
+        torch.save({"rows": chosen, "shape": head.shape, "weights": head.state_dict(), "state": state, "finished": finished,
+                    "muon": muon.moments, "adam": adam.state_dict(), "measured": measured}, path + ".part")
+        os.rename(path + ".part", path)
+
+    if not state["step"]:
+        with open(log, "a") as file:
+            file.write("step\tseconds\tepochs\tloss\tgreedy: acceptance 1-4\ttokens per pass, windows 1-3\tsampled: the same\t\n")
+    smooth = None
+    while True:
+        state["seconds"] = spent + time.time() - began
+        done = max(state["seconds"] / (60 * o.minutes), state["step"] / o.steps if o.steps else 0)
+        if done >= 1:
+            break
+        queue = queue or batches(learn, o.batch, chance)
+        some = queue.pop()
+        ids, h, total = padded(some, o.unroll, trunk.device)
+        with torch.no_grad():
+            e = trunk.embed(ids[:, 1:])
+            p = (trunk.logits(h, trunk.output[tokens_of_row]) - total[..., None]).exp()
+        loss, weight, n = 0, 0.0, h.shape[1]
+        for j, y in enumerate(unroll(head, e, h, o.unroll)):        # row t of step j foretells what follows t + j + 1
+            p_j, y = p[:, j + 1:], y[:, :n - j - 1]
+            valid = (total[:, j + 1:] < math.inf) & (total[:, :n - j - 1] < math.inf)
+            part = o.fade ** j / max(int(valid.sum()), 1)
+            loss = loss + part * loss_of(y[valid], rows, p_j[valid])
+            weight += o.fade ** j
+        loss = loss / weight
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vectors, 1)
+        rate = min(1, (state["step"] + 1) / 50) * max(1 - done, 0.02)
+        muon.step(o.rate * rate)
+        for group in adam.param_groups:
+            group["lr"] = o.rate * 0.3 * rate
+        adam.step()
+        for w in head.parameters():
+            w.grad = None
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        state["step"] += 1
+        state["seen"] += sum(len(s["states"]) for s in some)
+        if state["seconds"] - shown > o.every:
+            report(smooth)
+            save(False)
+            shown = time.time() - began + spent
+    measured = report(smooth or 0, final=True)
+    save(True, measured)
+
+
+# ---------------------------------------------------------------- 5. write
+
+def stage_write(o):
+    """The head file: safetensors, every tensor on a multiple of 64 bytes, checksums as in a model file."""
+    import torch
+    trunk = Trunk(o.model, o.work, "cpu")
+    kept = torch.load(os.path.join(o.work, o.head), map_location="cpu")
+    if not o.output:
+        sys.exit("train_heads.py: -o FILE, please")
+    acceptance = kept["measured"][0] if kept["measured"] else []
+    meta = {"run.c": "heads 1", "draft.count": "1", "draft.trunk": crc32_of(trunk.w["output_norm.weight"]),
+            "draft.0.kind": "serial", "draft.0.state": "norm", "draft.0.chain": "norm", "draft.0.norm": "own"}
+    if acceptance:
+        meta["draft.0.acceptance"] = " ".join("%.3f" % a for a in acceptance)
+    meta.update({"draft.0." + key: str(value) for key, value in kept["shape"].items()})
+    kind = {"f32": torch.float32, "f16": torch.float16}[o.type]
+    tensors = {}
+    for name, t in kept["weights"].items():
+        name = name[2:].replace("/", ".")
+        tensors["draft.0." + name] = t.to(kind) if t.ndim == 2 else t.float()
+    if kept["rows"]:
+        tensors["draft.0.output.weight"] = trunk.output[torch.tensor(kept["rows"])].to(kind)
+        tensors["draft.0.rows"] = torch.tensor(kept["rows"], dtype=torch.int32)
+    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.int32: "I32"}
+    header, blocks, at, pads = {}, [], 0, 0
+    for name, t in tensors.items():
+        raw = t.contiguous().numpy().tobytes()
+        if at % 64:
+            header["pad.%d" % pads] = {"dtype": "U8", "shape": [-at % 64], "data_offsets": [at, at + -at % 64]}
+            blocks.append(bytes(-at % 64))
+            at, pads = at + -at % 64, pads + 1
+        header[name] = {"dtype": dtypes[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + len(raw)]}
+        meta["crc32." + name] = "%08x" % zlib.crc32(raw)
+        blocks.append(raw)
+        at += len(raw)
+    text = json.dumps({"__metadata__": meta, **header}).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(o.output + ".part", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + b"".join(blocks))
+    os.rename(o.output + ".part", o.output)
+    say("%s: %d bytes, acceptance %s" % (o.output, 8 + len(text) + at, meta.get("draft.0.acceptance", "not measured")))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("stage", choices=["prompts", "answers", "check", "states", "train", "write", "all"])
@@ -356,6 +699,24 @@ def main():
     g = p.add_argument_group("states")
     g.add_argument("--also", nargs="*", help="further folders with answers")
     g.add_argument("--length", type=int, default=512, help="tokens of a prompt and its answer at most (512)")
+    g = p.add_argument_group("train")
+    g.add_argument("--minutes", type=float, default=20, help="time to train for (20); the rate falls to nothing over it")
+    g.add_argument("--steps", type=int, help="batches to train on, if that is less")
+    g.add_argument("--rows", type=int, help="output rows: the most frequent tokens (all, through the trunk's matrix)")
+    g.add_argument("--hidden", type=int, help="width of the FFN (512, or the trunk's if that is less)")
+    g.add_argument("--heads", type=int, help="query heads (the trunk's)")
+    g.add_argument("--kv-heads", type=int, help="key heads (the trunk's)")
+    g.add_argument("--head-dim", type=int, help="size of a head (the trunk's)")
+    g.add_argument("--unroll", type=int, default=3, help="steps of the chain to learn (3)")
+    g.add_argument("--fade", type=float, default=0.8, help="weight of a step relative to the one before (0.8)")
+    g.add_argument("--rate", type=float, default=0.02, help="of learning (0.02)")
+    g.add_argument("--batch", type=int, default=4096, help="tokens of a batch (4096)")
+    g.add_argument("--every", type=float, default=60, help="seconds between two lines of the log (60)")
+    g.add_argument("--test", type=int, default=40, help="held-out answers for each of these lines (40; the last: all)")
+    g.add_argument("--head", default="head.pt", help="name of the trained head in the work folder (head.pt)")
+    g = p.add_argument_group("write")
+    g.add_argument("-o", dest="output", help="the head file")
+    g.add_argument("--type", choices=["f32", "f16"], default="f32")
     o = p.parse_args()
     os.makedirs(o.work, exist_ok=True)
     stages = ["prompts", "answers", "states", "train", "write"] if o.stage == "all" else [o.stage]
