@@ -361,7 +361,7 @@ def make_head(o, trunk, rows):
     w["h_proj.weight"], w["e_proj.weight"] = torch.eye(d) + 0.1 * w["h_proj.weight"], 0.5 * w["e_proj.weight"]
     for name in ("e_norm", "h_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         w[name + ".weight"] = torch.ones(d)
-    w["output_norm.weight"] = trunk.w["output_norm.weight"].cpu().clone()
+    w["output_norm.weight"] = 0.5 * trunk.w["output_norm.weight"].cpu()
     head.w = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(t) for name, t in w.items()})
     head.get = lambda name: head.w[name.replace(".", "/")]
     return head.to(trunk.device)
@@ -449,18 +449,32 @@ class Muon:
                 w.add_(x.T if tall else x, alpha=-rate * 0.2 * max(x.shape) ** 0.5)
 
 
-def batches(sequences, tokens, chance):
-    """Batches of sequences of similar length, in random order."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]["states"]) + chance.random() * 40)
+def crops(sequences, crop, chance):
+    """Every position once: pieces of at most `crop` tokens, cut elsewhere each time; an eighth of the sequences stay whole."""
+    for s in sequences:
+        n, at = len(s["states"]), s["first"] and max(0, s["first"] - 1)
+        step = n if not crop or chance.random() < 0.125 else crop
+        cut = at + (chance.randint(crop // 4, crop) if step < n else n)
+        while at < n:
+            piece = slice(at, min(cut, n))
+            if piece.stop - at > 4:
+                yield {"ids": s["ids"][at:piece.stop + 1], "states": s["states"][piece], "total": s["total"][piece],
+                       "first": max(0, s["first"] - at)}
+            at, cut = piece.stop, piece.stop + step
+
+
+def batches(sequences, tokens, crop, chance):
+    """Batches of pieces of similar length, in random order."""
+    pieces = sorted(crops(sequences, crop, chance), key=lambda s: len(s["states"]) + chance.random() * 20)
     found, some = [], []
-    for i in order:
-        if some and (len(some) + 1) * len(sequences[i]["states"]) > tokens:
+    for s in pieces:
+        if some and (len(some) + 1) * len(s["states"]) > tokens:
             found.append(some)
             some = []
-        some.append(i)
+        some.append(s)
     found.append(some)
     chance.shuffle(found)
-    return [[sequences[i] for i in some] for some in found]
+    return found
 
 
 def padded(some, steps, device):
@@ -603,7 +617,7 @@ def stage_train(o):
         done = max(state["seconds"] / (60 * o.minutes), state["step"] / o.steps if o.steps else 0)
         if done >= 1:
             break
-        queue = queue or batches(learn, o.batch, chance)
+        queue = queue or batches(learn, o.batch, o.crop, chance)
         some = queue.pop()
         ids, h, total = padded(some, o.unroll, trunk.device)
         with torch.no_grad():
@@ -619,7 +633,7 @@ def stage_train(o):
         loss = loss / weight
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vectors, 1)
-        rate = min(1, (state["step"] + 1) / 50) * max(1 - done, 0.02)
+        rate = min(1, (state["step"] + 1) / 20) * max(1 - done, 0.02)
         muon.step(o.rate * rate)
         for group in adam.param_groups:
             group["lr"] = o.rate * 0.3 * rate
@@ -710,7 +724,8 @@ def main():
     g.add_argument("--unroll", type=int, default=3, help="steps of the chain to learn (3)")
     g.add_argument("--fade", type=float, default=0.8, help="weight of a step relative to the one before (0.8)")
     g.add_argument("--rate", type=float, default=0.02, help="of learning (0.02)")
-    g.add_argument("--batch", type=int, default=4096, help="tokens of a batch (4096)")
+    g.add_argument("--crop", type=int, default=128, help="tokens of a piece to learn from, 0: whole answers (128)")
+    g.add_argument("--batch", type=int, default=2048, help="tokens of a batch (2048)")
     g.add_argument("--every", type=float, default=60, help="seconds between two lines of the log (60)")
     g.add_argument("--test", type=int, default=40, help="held-out answers for each of these lines (40; the last: all)")
     g.add_argument("--head", default="head.pt", help="name of the trained head in the work folder (head.pt)")
