@@ -291,11 +291,14 @@ def stage_states(o):
             stem = "states-%s-%08x-" % (name[8:-6], zlib.crc32(folder.encode()) if folder != o.work else 0)
             with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
                 lines = [json.loads(line) for line in file if line.endswith("\n")]
-            done = max([int(f[len(stem):-3]) for f in os.listdir(o.work) if f.startswith(stem) and f.endswith(".pt")] or [0])
             greedy = o.temperatures[int(name[8:-6])] == 0 if name[8:-6].isdigit() else False
-            while done < len(lines):
-                part, done = lines[done:done + 64], min(done + 64, len(lines))
-                part = sorted((line for line in part if "ids" in line), key=lambda line: len(line["prompt_ids"]) + len(line["ids"]))
+            for begin in range(0, len(lines), 16):
+                end = min(begin + 16, len(lines))
+                mine = "%s%06d-" % (stem, begin)
+                old = [f for f in os.listdir(o.work) if f.startswith(mine) and f.endswith(".pt")]
+                if "%s%06d.pt" % (mine, end) in old or (o.shard and begin // 16 % o.shard[1] != o.shard[0] - 1):
+                    continue
+                part = sorted((line for line in lines[begin:end] if "ids" in line), key=lambda line: len(line["prompt_ids"]) + len(line["ids"]))
                 sequences = []
                 for at in range(0, len(part), 8):
                     some = part[at:at + 8]
@@ -315,9 +318,11 @@ def stage_states(o):
                                 "best": best.int().cpu(), "total": z.logsumexp(-1).cpu(), "prompt": len(line["prompt_ids"]),
                                 "held_out": held_out(line), "greedy": greedy, "source": line.get("source", "")})
                             tokens += len(z)
-                path = os.path.join(o.work, "%s%06d.pt" % (stem, done))
+                path = os.path.join(o.work, "%s%06d.pt" % (mine, end))
                 torch.save(sequences, path + ".part")
                 os.rename(path + ".part", path)
+                for f in old:           # a shorter portion, made when there were fewer answers
+                    os.remove(os.path.join(o.work, f))
                 say("%s: %d tokens, %.0f tok/s" % (path, tokens, tokens / (time.time() - began)))
 
 
@@ -712,6 +717,7 @@ def main():
     g.add_argument("--context", type=int, help="context of ./run (what the model has)")
     g = p.add_argument_group("states")
     g.add_argument("--also", nargs="*", help="further folders with answers")
+    g.add_argument("--shard", type=lambda s: [int(i) for i in s.split("/")], help="I/N: this part of the work, for several processes")
     g.add_argument("--length", type=int, default=512, help="tokens of a prompt and its answer at most (512)")
     g = p.add_argument_group("train")
     g.add_argument("--minutes", type=float, default=20, help="time to train for (20); the rate falls to nothing over it")
