@@ -283,47 +283,42 @@ def stage_states(o):
     """Every answer that is not yet done, a file for each portion: sequences with ids, states and what the trunk says."""
     import torch
     trunk, began = Trunk(o.model, o.work, device_of(o)), time.time()
-    tokens = total = 0
-    for folder in [o.work] + (o.also or []):
-        for name in sorted(os.listdir(folder)):
-            if not name.startswith("answers-"):
-                continue
-            stem = "states-%s-%08x-" % (name[8:-6], zlib.crc32(folder.encode()) if folder != o.work else 0)
-            with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
-                lines = [json.loads(line) for line in file if line.endswith("\n")]
-            greedy = o.temperatures[int(name[8:-6])] == 0 if name[8:-6].isdigit() else False
-            for begin in range(0, len(lines), 16):
-                end = min(begin + 16, len(lines))
-                mine = "%s%06d-" % (stem, begin)
-                old = [f for f in os.listdir(o.work) if f.startswith(mine) and f.endswith(".pt")]
-                if "%s%06d.pt" % (mine, end) in old or (o.shard and begin // 16 % o.shard[1] != o.shard[0] - 1):
-                    continue
-                part = sorted((line for line in lines[begin:end] if "ids" in line), key=lambda line: len(line["prompt_ids"]) + len(line["ids"]))
-                sequences = []
-                for at in range(0, len(part), 8):
-                    some = part[at:at + 8]
-                    ids = [(line["prompt_ids"] + line["ids"])[:o.length] for line in some]
-                    padded = torch.zeros(len(some), max(map(len, ids)), dtype=torch.long)
-                    for i, row in enumerate(ids):
-                        padded[i, :len(row)] = torch.tensor(row)
-                    with torch.no_grad():
-                        h = trunk.states(padded.to(trunk.device))
-                        for i, (row, line) in enumerate(zip(ids, some)):
-                            z = trunk.logits(h[i, :len(row)])
-                            best = z.argmax(-1)
-                            if line["stop"] == "eos" and len(row) < o.length:     # the end, too, is a token to propose
-                                row = row + [max(trunk.eos, key=lambda e: z[-1, e].item())]
-                            sequences.append({
-                                "ids": torch.tensor(row, dtype=torch.int32), "states": h[i, :len(z)].bfloat16().cpu(),
-                                "best": best.int().cpu(), "total": z.logsumexp(-1).cpu(), "prompt": len(line["prompt_ids"]),
-                                "held_out": held_out(line), "greedy": greedy, "source": line.get("source", "")})
-                            tokens += len(z)
-                path = os.path.join(o.work, "%s%06d.pt" % (mine, end))
-                torch.save(sequences, path + ".part")
-                os.rename(path + ".part", path)
-                for f in old:           # a shorter portion, made when there were fewer answers
-                    os.remove(os.path.join(o.work, f))
-                say("%s: %d tokens, %.0f tok/s" % (path, tokens, tokens / (time.time() - began)))
+    tasks, tokens = [], 0
+    for folder, name, lines in answers_of(o):
+        stem = "states-%s-%08x-" % (name[8:-6], zlib.crc32(folder.encode()) if folder != o.work else 0)
+        greedy = o.temperatures[int(name[8:-6])] == 0
+        tasks += [(begin, stem, greedy, lines[begin:begin + 16]) for begin in range(0, len(lines), 16)]
+    for number, (begin, stem, greedy, lines) in enumerate(sorted(tasks, key=lambda task: task[:2])):
+        mine, end = "%s%06d-" % (stem, begin), begin + len(lines)
+        old = [f for f in os.listdir(o.work) if f.startswith(mine) and f.endswith(".pt")]
+        if "%s%06d.pt" % (mine, end) in old or (o.shard and number % o.shard[1] != o.shard[0] - 1):
+            continue
+        part = sorted((line for line in lines if "ids" in line), key=lambda line: len(line["prompt_ids"]) + len(line["ids"]))
+        sequences = []
+        for at in range(0, len(part), 8):
+            some = part[at:at + 8]
+            ids = [(line["prompt_ids"] + line["ids"])[:o.length] for line in some]
+            padded = torch.zeros(len(some), max(map(len, ids)), dtype=torch.long)
+            for i, row in enumerate(ids):
+                padded[i, :len(row)] = torch.tensor(row)
+            with torch.no_grad():
+                h = trunk.states(padded.to(trunk.device))
+                for i, (row, line) in enumerate(zip(ids, some)):
+                    z = trunk.logits(h[i, :len(row)])
+                    best = z.argmax(-1)
+                    if line["stop"] == "eos" and len(row) < o.length:     # the end, too, is a token to propose
+                        row = row + [max(trunk.eos, key=lambda e: z[-1, e].item())]
+                    sequences.append({
+                        "ids": torch.tensor(row, dtype=torch.int32), "states": h[i, :len(z)].bfloat16().cpu(),
+                        "best": best.int().cpu(), "total": z.logsumexp(-1).cpu(), "prompt": len(line["prompt_ids"]),
+                        "held_out": held_out(line), "greedy": greedy, "source": line.get("source", "")})
+                    tokens += len(z)
+        path = os.path.join(o.work, "%s%06d.pt" % (mine, end))
+        torch.save(sequences, path + ".part")
+        os.rename(path + ".part", path)
+        for f in old:           # a shorter portion, made when there were fewer answers
+            os.remove(os.path.join(o.work, f))
+        say("%s: %d tokens, %.0f tok/s" % (path, tokens, tokens / (time.time() - began)))
 
 
 def stage_check(o):
@@ -527,12 +522,15 @@ def measure(head, trunk, rows, tokens_of_row, sequences, steps):
     return [a / max(b, 1) for a, b in zip(hits, tries)], [a / max(b, 1) for a, b in zip(emitted, passes)]
 
 
+def present(o):
+    return sorted(name for name in os.listdir(o.work) if name.startswith("states-") and name.endswith(".pt"))
+
+
 def load_states(o):
     import torch
     sequences = []
-    for name in sorted(os.listdir(o.work)):
-        if name.startswith("states-") and name.endswith(".pt"):
-            sequences += torch.load(os.path.join(o.work, name))
+    for name in present(o):
+        sequences += torch.load(os.path.join(o.work, name))
     sequences = [s for s in sequences if len(s["ids"]) > s["prompt"] + 2 and len(s["ids"]) > 8]
     if not sequences:
         sys.exit("train_heads.py: no states in %s yet" % o.work)
@@ -547,32 +545,43 @@ def load_states(o):
     return [s for s in sequences if not s["held_out"]], [s for s in sequences if s["held_out"]]
 
 
-def choose_rows(o, trunk, sequences):
-    """The tokens that the trunk itself proposes or writes most often; none: all rows."""
+def answers_of(o):
+    """All answers so far, as (file, number, line)."""
+    for folder in [o.work] + (o.also or []):
+        for name in sorted(os.listdir(folder)):
+            if name.startswith("answers-"):
+                with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
+                    lines = [json.loads(line) for line in file if line.endswith("\n")]
+                yield folder, name, lines
+
+
+def choose_rows(o, trunk):
+    """The tokens that the trunk writes most often; none: all rows."""
     import torch
     if not o.rows or o.rows >= trunk.vocab:
         return []
     count = torch.zeros(trunk.vocab)
-    for s in sequences:
-        at = s["prompt"]
-        count += torch.bincount(s["ids"][at:].long(), minlength=trunk.vocab) + torch.bincount(s["best"][at - 1:].long(), minlength=trunk.vocab)
-        count += 0.1 * torch.bincount(s["ids"][:at].long(), minlength=trunk.vocab)
+    for _, _, lines in answers_of(o):
+        for line in lines:
+            if "ids" in line and not held_out(line):
+                count += torch.bincount(torch.tensor(line["ids"], dtype=torch.long), minlength=trunk.vocab)
+                count += 0.1 * torch.bincount(torch.tensor(line["prompt_ids"], dtype=torch.long), minlength=trunk.vocab)
     for token in trunk.eos:
-        count[token] += 1
+        count[token] += count.sum() / 200
     rows = count.argsort(descending=True)[:o.rows]
-    say("%d rows: %.2f %% of the tokens of the answers" % (len(rows), 100 * count[rows].sum() / count.sum()))
+    say("%d rows: %.2f %% of the tokens" % (len(rows), 100 * count[rows].sum() / count.sum()))
     return sorted(rows.tolist())
 
 
 def stage_train(o):
     import torch
-    trunk, (learn, test) = Trunk(o.model, o.work, device_of(o)), load_states(o)
+    trunk, files, (learn, test) = Trunk(o.model, o.work, device_of(o)), present(o), load_states(o)
     path, log = os.path.join(o.work, o.head), os.path.join(o.work, o.head.replace(".pt", "") + ".tsv")
     torch.manual_seed(o.seed)
     chance, loss_of = random.Random(o.seed), soft_cross_entropy()
     tokens = sum(len(s["states"]) for s in learn)
     say("%d sequences, %d tokens to learn from; %d held out" % (len(learn), tokens, len(test)))
-    chosen = choose_rows(o, trunk, learn)
+    chosen = choose_rows(o, trunk)
     head = make_head(o, trunk, chosen)
     state = {"step": 0, "seconds": 0.0, "seen": 0}
     old = torch.load(path) if os.path.exists(path) else None
@@ -622,14 +631,19 @@ def stage_train(o):
         done = max(state["seconds"] / (60 * o.minutes), state["step"] / o.steps if o.steps else 0)
         if done >= 1:
             break
-        queue = queue or batches(learn, o.batch, o.crop, chance)
-        some = queue.pop()
-        ids, h, total = padded(some, o.unroll, trunk.device)
+        if not queue:
+            if present(o) != files:         # more states have come
+                files, (learn, test) = present(o), load_states(o)
+                greedy, drawn = [s for s in test if s["greedy"]], [s for s in test if not s["greedy"]]
+                tokens = sum(len(s["states"]) for s in learn)
+            queue = batches(learn, o.batch, o.crop, chance)
+        some, steps = queue.pop(), 1 if done < o.alone else o.unroll
+        ids, h, total = padded(some, steps, trunk.device)
         with torch.no_grad():
             e = trunk.embed(ids[:, 1:])
             p = (trunk.logits(h, trunk.output[tokens_of_row]) - total[..., None]).exp()
         loss, weight, n = 0, 0.0, h.shape[1]
-        for j, y in enumerate(unroll(head, e, h, o.unroll)):        # row t of step j foretells what follows t + j + 1
+        for j, y in enumerate(unroll(head, e, h, steps)):        # row t of step j foretells what follows t + j + 1
             p_j, y = p[:, j + 1:], y[:, :n - j - 1]
             valid = (total[:, j + 1:] < math.inf) & (total[:, :n - j - 1] < math.inf)
             part = o.fade ** j / max(int(valid.sum()), 1)
@@ -728,6 +742,7 @@ def main():
     g.add_argument("--kv-heads", type=int, help="key heads (the trunk's)")
     g.add_argument("--head-dim", type=int, help="size of a head (the trunk's)")
     g.add_argument("--unroll", type=int, default=3, help="steps of the chain to learn (3)")
+    g.add_argument("--alone", type=float, default=0.3, help="part of the time in which only the first step learns (0.3)")
     g.add_argument("--fade", type=float, default=0.8, help="weight of a step relative to the one before (0.8)")
     g.add_argument("--rate", type=float, default=0.02, help="of learning (0.02)")
     g.add_argument("--crop", type=int, default=128, help="tokens of a piece to learn from, 0: whole answers (128)")
