@@ -11,7 +11,8 @@ STAGE is one of these, in this order; each leaves its result in FOLDER and goes 
     train     head.pt, log.tsv: the head, trained against the trunk's own distribution
     write     the head file
 
-or `all`. Needs PyTorch and numpy; a GPU is used if there is one. models/README.md has the settings of the shipped heads.
+or `all`; `check` compares the trunk in PyTorch with ./run. Needs PyTorch and numpy, uses a GPU if there is one.
+models/README.md has the settings of the shipped heads.
 """
 import argparse
 import json
@@ -24,16 +25,25 @@ import sys
 import time
 import zlib
 
+try:
+    import numpy
+    import torch
+    from torch import nn
+except ImportError:         # the first two stages need neither
+    torch = None
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # How a user's turn may begin; the model goes on by itself. Empty: it begins by itself, too.
-BEGINNINGS = ("", "", "", "", "What", "Who", "How do I", "Why", "Explain", "Write a story about", "Write a Python function",
-              "Complete the following Python function:\n\n```python\ndef", "Translate into English:", "Translate into German:",
-              "Summarize the following text:", "Write an email", "Compare", "You are", "Read the passage and answer:",
+BEGINNINGS = ("", "", "", "", "What", "Who", "How do I", "Why", "Explain", "Write a story about",
+              "Write a Python function", "Complete the following Python function:\n\n```python\ndef",
+              "Translate into English:", "Translate into German:", "Summarize the following text:",
+              "Write an email", "Compare", "You are", "Read the passage and answer:",
               "Give me a list of", "Solve this problem:", "Imagine", "Rewrite this sentence", "Classify")
 # What may be asked about a passage of a text.
-TASKS = ("Continue this text:\n\n%s", "Summarize: %s", "%s\n\nWhat is this text about?", "Rewrite in simple words: %s",
-         "Here is a passage:\n\n%s\n\nWrite three questions about it, with answers.", "Translate into Spanish: %s")
+TASKS = ("Continue this text:\n\n%s", "Summarize: %s", "%s\n\nWhat is this text about?",
+         "Rewrite in simple words: %s", "Translate into Spanish: %s",
+         "Here is a passage:\n\n%s\n\nWrite three questions about it, with answers.")
 
 
 def say(text):
@@ -67,8 +77,9 @@ def own_turns(o, meta):
     """Turns that the model writes itself: sampled behind the opening of a user turn."""
     each, found = -(-o.turns // len(BEGINNINGS)), []
     for number, beginning in enumerate(BEGINNINGS):
-        lines = run(o.model, ["-m", "generate", "--special", "--no-echo", "--json", "-i", user_prefix(meta) + beginning, "-n", 120,
-                              "--samples", each, "-t", 1, "-k", 0, "-p", 0.95, "--min-p", 0, "-s", o.seed + number, "-j", o.threads])
+        lines = run(o.model, ["-m", "generate", "--special", "--no-echo", "--json", "--samples", each, "-n", 120,
+                              "-i", user_prefix(meta) + beginning, "-t", 1, "-k", 0, "-p", 0.95, "--min-p", 0,
+                              "-s", o.seed + number, "-j", o.threads])
         for line in lines.splitlines():
             line = json.loads(line)
             text = (beginning + line["text"]).strip()
@@ -129,9 +140,10 @@ def stage_answers(o):
     jobs = []
     for i, temperature in enumerate(o.temperatures):
         out = os.path.join(o.work, "answers-%d.jsonl" % i)
-        command = [os.path.join(ROOT, "run"), o.model, "-f", os.path.join(o.work, "prompts.jsonl"), "--json", "-n", o.tokens, "-t", temperature,
-                   "-k", 0, "-p", 1, "--min-p", 0.05, "-s", o.seed + i, "-j", max(1, o.threads // len(o.temperatures)), "-o", out,
-                   "--shard", "%d/%d" % (i + 1, len(o.temperatures)), "--draft", "off"]
+        command = [os.path.join(ROOT, "run"), o.model, "-f", os.path.join(o.work, "prompts.jsonl"), "--json", "-o", out,
+                   "-n", o.tokens, "-t", temperature, "-k", 0, "-p", 1, "--min-p", 0.05, "-s", o.seed + i,
+                   "-j", max(1, o.threads // len(o.temperatures)), "--draft", "off",
+                   "--shard", "%d/%d" % (i + 1, len(o.temperatures))]
         if o.context:
             command += ["-c", o.context]
         jobs.append(subprocess.Popen([str(c) for c in command]))
@@ -144,8 +156,6 @@ def stage_answers(o):
 
 def read_model(path, work):
     """Metadata and float tensors of a model file; packed matrices are unpacked by ./run first."""
-    import numpy
-    import torch
     meta = metadata_of(path)
     if any(key.startswith("packed.") for key in meta):
         plain = os.path.join(work, "trunk-f32.bin")
@@ -174,7 +184,6 @@ def rms(x, weight, eps):
 
 def rotate(x, cos, sin, interleaved):
     """x [batch, heads, tokens, size]; cos, sin [tokens, rotated / 2]."""
-    import torch
     half = cos.shape[-1]
     turned, rest = x[..., :2 * half], x[..., 2 * half:]
     if interleaved:
@@ -202,22 +211,22 @@ class Trunk:
         self.cap, self.logit_cap = number("attention.soft_cap", 0), number("logit.soft_cap", 0)
         self.embedding_scale, self.logit_scale = number("embedding.scale", 1), number("logit.scale", 1)
         self.window = int(meta.get("window", 0))
-        self.windowed = [int(i) for i in meta.get("window.layers", " ".join(map(str, range(self.layers)))).split()]
+        self.windowed = [int(i) for i in meta["window.layers"].split()] if "window.layers" in meta else range(self.layers)
         self.activation = meta.get("activation", "silu")
         self.output = self.w.get("output.weight", self.w["token_embd.weight"])
         self.eos = [int(i) for i in meta.get("token.eos", "").split()]
 
     def angles(self, n):
-        import torch
         pairs = torch.arange(self.pairs, dtype=torch.float64)
         speed = self.w.get("rope.freqs")
-        speed = speed.double().cpu() if speed is not None else float(self.meta.get("rope.base", 10000)) ** (-pairs / self.pairs)
+        if speed is None:
+            speed = float(self.meta.get("rope.base", 10000)) ** (-pairs / self.pairs)
+        speed = speed.double().cpu()
         angles = torch.arange(n, dtype=torch.float64)[:, None] * speed
         factor = float(self.meta.get("rope.attention_factor", 1))
-        return (angles.cos() * factor).float().to(self.device), (angles.sin() * factor).float().to(self.device)
+        return [(turn * factor).float().to(self.device) for turn in (angles.cos(), angles.sin())]
 
     def linear(self, name, x):
-        import torch
         return torch.nn.functional.linear(x, self.w[name + ".weight"], self.w.get(name + ".bias"))
 
     def embed(self, ids):
@@ -229,9 +238,9 @@ class Trunk:
 
     def states(self, ids):
         """ids [batch, tokens] to the final normed states [batch, tokens, dim]."""
-        import torch
         f, w, eps = torch.nn.functional, self.w, self.eps
-        act = {"silu": f.silu, "gelu": f.gelu, "gelu_tanh": lambda g: f.gelu(g, approximate="tanh")}[self.activation]
+        act = {"silu": f.silu, "gelu": f.gelu,
+               "gelu_tanh": lambda g: f.gelu(g, approximate="tanh")}[self.activation]
         batch, n = ids.shape
         cos, sin = self.angles(n)
         interleaved = self.meta.get("rope.pairing") == "interleaved"
@@ -260,7 +269,8 @@ class Trunk:
                 y = rms(y, w[b + "post_attention_norm.weight"], eps)
             x = x + y
             y = rms(x, w[b + "ffn_norm.weight"], eps)
-            y = self.linear(b + "ffn_down", act(self.linear(b + "ffn_gate", y)) * self.linear(b + "ffn_up", y))
+            y = act(self.linear(b + "ffn_gate", y)) * self.linear(b + "ffn_up", y)
+            y = self.linear(b + "ffn_down", y)
             if b + "post_ffw_norm.weight" in w:
                 y = rms(y, w[b + "post_ffw_norm.weight"], eps)
             x = x + y
@@ -268,7 +278,6 @@ class Trunk:
 
 
 def device_of(o):
-    import torch
     torch.set_num_threads(o.threads)
     torch.set_float32_matmul_precision("high")
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,8 +289,7 @@ def held_out(line):
 
 
 def stage_states(o):
-    """Every answer that is not yet done, a file for each portion: sequences with ids, states and what the trunk says."""
-    import torch
+    """Every answer that is not yet done, sixteen to a file: ids, states and what the trunk says."""
     trunk, began = Trunk(o.model, o.work, device_of(o)), time.time()
     tasks, tokens = [], 0
     for folder, name, lines in answers_of(o):
@@ -293,7 +301,8 @@ def stage_states(o):
         old = [f for f in os.listdir(o.work) if f.startswith(mine) and f.endswith(".pt")]
         if "%s%06d.pt" % (mine, end) in old or (o.shard and number % o.shard[1] != o.shard[0] - 1):
             continue
-        part = sorted((line for line in lines if "ids" in line), key=lambda line: len(line["prompt_ids"]) + len(line["ids"]))
+        part = sorted((line for line in lines if "ids" in line),
+                      key=lambda line: len(line["prompt_ids"]) + len(line["ids"]))
         sequences = []
         for at in range(0, len(part), 8):
             some = part[at:at + 8]
@@ -305,12 +314,11 @@ def stage_states(o):
                 h = trunk.states(padded.to(trunk.device))
                 for i, (row, line) in enumerate(zip(ids, some)):
                     z = trunk.logits(h[i, :len(row)])
-                    best = z.argmax(-1)
-                    if line["stop"] == "eos" and len(row) < o.length:     # the end, too, is a token to propose
+                    if line["stop"] == "eos" and len(row) < o.length:     # the end, too, may be proposed
                         row = row + [max(trunk.eos, key=lambda e: z[-1, e].item())]
                     sequences.append({
                         "ids": torch.tensor(row, dtype=torch.int32), "states": h[i, :len(z)].bfloat16().cpu(),
-                        "best": best.int().cpu(), "total": z.logsumexp(-1).cpu(), "prompt": len(line["prompt_ids"]),
+                        "total": z.logsumexp(-1).cpu(), "prompt": len(line["prompt_ids"]),
                         "held_out": held_out(line), "greedy": greedy, "source": line.get("source", "")})
                     tokens += len(z)
         path = os.path.join(o.work, "%s%06d.pt" % (mine, end))
@@ -323,14 +331,12 @@ def stage_states(o):
 
 def stage_check(o):
     """The trunk here against ./run: the log-probabilities of a greedy answer."""
-    import torch
     trunk = Trunk(o.model, o.work, device_of(o))
-    line = json.loads(run(o.model, ["-m", "generate", "--json", "-i", "Once upon a time", "-n", 60, "-t", 0, "--logprobs", 5, "--draft", "off",
-                                    "--kv", "f32", "-j", 1]))
+    line = json.loads(run(o.model, ["-m", "generate", "--json", "-i", "Once upon a time", "-n", 60, "-t", 0,
+                                    "--logprobs", 5, "--draft", "off", "--kv", "f32", "-j", 1]))
     ids = line["prompt_ids"] + line["ids"]
     with torch.no_grad():
         mine = trunk.logits(trunk.states(torch.tensor([ids]).to(trunk.device)))[0].log_softmax(-1).cpu()
-    print(line["logprobs"][:1])
     mine = mine[len(line["prompt_ids"]) - 1:-1].gather(1, torch.tensor(line["ids"])[:, None])[:, 0]
     theirs = torch.tensor([t["logprob"] for t in line["logprobs"]])
     say("log-probabilities of %d tokens: largest difference %.5f, mean %.5f" %
@@ -342,14 +348,14 @@ def stage_check(o):
 
 def make_head(o, trunk, rows):
     """The module: u = E n(e) + H n(h), one layer, a norm. Its rows are the trunk's and stay as they are."""
-    import torch
-    from torch import nn
-    d, heads, kv, size = trunk.dim, o.heads or trunk.heads, o.kv_heads or trunk.kv_heads, o.head_dim or trunk.size
-    hidden = o.hidden or min(512, d)
+    heads, kv, size = o.heads or trunk.heads, o.kv_heads or trunk.kv_heads, o.head_dim or trunk.size
+    d, hidden = trunk.dim, o.hidden or min(512, trunk.dim)
     head = nn.Module()
-    head.shape = {"dim": d, "hidden_dim": hidden, "n_layers": 1, "n_heads": heads, "n_kv_heads": kv, "head_dim": size,
+    head.shape = {"dim": d, "hidden_dim": hidden, "n_layers": 1,
+                  "n_heads": heads, "n_kv_heads": kv, "head_dim": size,
                   "context_length": trunk.meta["context_length"], "vocab_size": len(rows) or trunk.vocab,
-                  "norm.eps": trunk.meta.get("norm.eps", "1e-05"), "rope.base": trunk.meta.get("rope.base", "10000"),
+                  "norm.eps": trunk.meta.get("norm.eps", "1e-05"),
+                  "rope.base": trunk.meta.get("rope.base", "10000"),
                   "rope.pairing": "half", "rope.dims": size}
     shapes = {"e_proj.weight": (d, d), "h_proj.weight": (d, d), "blk.0.attn_q.weight": (heads * size, d),
               "blk.0.attn_k.weight": (kv * size, d), "blk.0.attn_v.weight": (kv * size, d),
@@ -368,15 +374,15 @@ def make_head(o, trunk, rows):
 
 
 def unroll(head, e, h, steps):
-    """States of each step. e [batch, n + steps, d]: embedding of the token after position t, then of those that follow;
-    h [batch, n, d]. Row t of step j is a chain that began at t: it sees the true rows up to t and its own
-    chained rows at t + 1 .. t + j, one of each step."""
-    import torch
+    """States of each step. e [batch, n + steps, d]: row t is the embedding of token t + 1; h [batch, n, d].
+    Row t of step j is a chain that began at t: it sees the true rows up to t and its own chained rows at
+    t + 1 .. t + j, one of each step."""
     f, get, s = torch.nn.functional, head.get, head.shape
     batch, n, d = h.shape
     heads, kv, size, eps = s["n_heads"], s["n_kv_heads"], s["head_dim"], float(s["norm.eps"])
     pairs = torch.arange(size // 2, dtype=torch.float64)
-    angles = torch.arange(n + steps, dtype=torch.float64)[:, None] * float(s["rope.base"]) ** (-pairs / (size // 2))
+    speed = float(s["rope.base"]) ** (-pairs / (size // 2))
+    angles = torch.arange(n + steps, dtype=torch.float64)[:, None] * speed
     cos, sin = angles.cos().float().to(h.device), angles.sin().float().to(h.device)
     split = lambda t, count: t.view(batch, n, count, size).transpose(1, 2)
     future = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
@@ -385,7 +391,8 @@ def unroll(head, e, h, steps):
     for j in range(steps):
         u = e[:, j:j + n] + rms(h, get("h_norm.weight"), eps) @ get("h_proj.weight").T
         y = rms(u, get("blk.0.attn_norm.weight"), eps)
-        q, k, v = (split(y @ get("blk.0.attn_%s.weight" % c).T, count) for c, count in (("q", heads), ("k", kv), ("v", kv)))
+        q, k, v = (split(y @ get("blk.0.attn_%s.weight" % c).T, count)
+                   for c, count in (("q", heads), ("k", kv), ("v", kv)))
         q, k = (rotate(t, cos[j:j + n], sin[j:j + n], False) for t in (q, k))
         k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
         if j == 0:
@@ -401,7 +408,8 @@ def unroll(head, e, h, steps):
                 y = y + p[..., n + i:n + i + 1] * mine
         u = u + y.transpose(1, 2).reshape(batch, n, -1) @ get("blk.0.attn_output.weight").T
         y = rms(u, get("blk.0.ffn_norm.weight"), eps)
-        u = u + (f.silu(y @ get("blk.0.ffn_gate.weight").T) * (y @ get("blk.0.ffn_up.weight").T)) @ get("blk.0.ffn_down.weight").T
+        y = f.silu(y @ get("blk.0.ffn_gate.weight").T) * (y @ get("blk.0.ffn_up.weight").T)
+        u = u + y @ get("blk.0.ffn_down.weight").T
         h = rms(u, get("output_norm.weight"), eps)
         found.append(h)
     return found
@@ -409,7 +417,6 @@ def unroll(head, e, h, steps):
 
 def soft_cross_entropy():
     """sum of -p log softmax(y . rows), with the gradient for y alone; p may sum to less than 1."""
-    import torch
 
     class SoftCrossEntropy(torch.autograd.Function):
         @staticmethod
@@ -427,15 +434,13 @@ def soft_cross_entropy():
 
 
 class Muon:
-    """Momentum whose update is made orthogonal: for matrices. 0.2 sqrt(longer side): steps as large as AdamW's."""
+    """Momentum whose update is made orthogonal, for matrices; times 0.2 sqrt(longer side): as large as AdamW's."""
 
     def __init__(self, matrices, momentum=0.95):
-        import torch
         self.matrices, self.momentum = list(matrices), momentum
         self.moments = [torch.zeros_like(w) for w in self.matrices]
 
     def step(self, rate):
-        import torch
         with torch.no_grad():
             for w, m in zip(self.matrices, self.moments):
                 m.lerp_(w.grad, 1 - self.momentum)
@@ -450,7 +455,7 @@ class Muon:
 
 
 def crops(sequences, crop, chance):
-    """Every position once: pieces of at most `crop` tokens, cut elsewhere each time; an eighth of the sequences stay whole."""
+    """Every position once: pieces of at most `crop` tokens, cut elsewhere each time; an eighth stays whole."""
     for s in sequences:
         n, at = len(s["states"]), s["first"] and max(0, s["first"] - 1)
         step = n if not crop or chance.random() < 0.125 else crop
@@ -458,8 +463,8 @@ def crops(sequences, crop, chance):
         while at < n:
             piece = slice(at, min(cut, n))
             if piece.stop - at > 4:
-                yield {"ids": s["ids"][at:piece.stop + 1], "states": s["states"][piece], "total": s["total"][piece],
-                       "first": max(0, s["first"] - at)}
+                yield {"ids": s["ids"][at:piece.stop + 1], "states": s["states"][piece],
+                       "total": s["total"][piece], "first": max(0, s["first"] - at)}
             at, cut = piece.stop, piece.stop + step
 
 
@@ -479,7 +484,6 @@ def batches(sequences, tokens, crop, chance):
 
 def padded(some, steps, device):
     """ids [batch, n + steps + 1], states [batch, n, d], and length and first position to learn of each."""
-    import torch
     n = max(len(s["states"]) for s in some)
     ids = torch.zeros(len(some), n + steps + 1, dtype=torch.long)
     h = torch.zeros(len(some), n, some[0]["states"].shape[1])
@@ -492,8 +496,7 @@ def padded(some, steps, device):
 
 
 def measure(head, trunk, rows, tokens_of_row, sequences, steps):
-    """What an engine would see on the answers: acceptance by step, each given those before, tokens per pass of windows."""
-    import torch
+    """What an engine would see on the answers: acceptance by step, given those before; tokens per pass by window."""
     hits, tries = [0] * steps, [0] * steps
     emitted, passes = [0] * (steps + 1), [0] * (steps + 1)
     for s in sequences:
@@ -527,7 +530,6 @@ def present(o):
 
 
 def load_states(o):
-    import torch
     sequences = []
     for name in present(o):
         sequences += torch.load(os.path.join(o.work, name))
@@ -557,15 +559,14 @@ def answers_of(o):
 
 def choose_rows(o, trunk):
     """The tokens that the trunk writes most often; none: all rows."""
-    import torch
     if not o.rows or o.rows >= trunk.vocab:
         return []
     count = torch.zeros(trunk.vocab)
     for _, _, lines in answers_of(o):
         for line in lines:
             if "ids" in line and not held_out(line):
-                count += torch.bincount(torch.tensor(line["ids"], dtype=torch.long), minlength=trunk.vocab)
-                count += 0.1 * torch.bincount(torch.tensor(line["prompt_ids"], dtype=torch.long), minlength=trunk.vocab)
+                for ids, weight in ((line["ids"], 1), (line["prompt_ids"], 0.1)):
+                    count += weight * torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=trunk.vocab)
     for token in trunk.eos:
         count[token] += count.sum() / 200
     rows = count.argsort(descending=True)[:o.rows]
@@ -574,7 +575,6 @@ def choose_rows(o, trunk):
 
 
 def stage_train(o):
-    import torch
     trunk, files, (learn, test) = Trunk(o.model, o.work, device_of(o)), present(o), load_states(o)
     path, log = os.path.join(o.work, o.head), os.path.join(o.work, o.head.replace(".pt", "") + ".tsv")
     torch.manual_seed(o.seed)
@@ -587,7 +587,7 @@ def stage_train(o):
     old = torch.load(path) if os.path.exists(path) else None
     if old:
         chosen = old["rows"]
-        if {k: v for k, v in old["shape"].items()} != {**head.shape, "vocab_size": len(chosen) or trunk.vocab}:
+        if old["shape"] != {**head.shape, "vocab_size": len(chosen) or trunk.vocab}:
             sys.exit("train_heads.py: %s is a head of another shape; name another with --head" % path)
         head.load_state_dict(old["weights"])
         if not old["finished"]:
@@ -601,30 +601,33 @@ def stage_train(o):
         muon.moments = old["muon"]
         adam.load_state_dict(old["adam"])
     size = sum(w.numel() for w in head.parameters())
+    layers = sum(t.numel() for name, t in trunk.w.items() if name.startswith("blk."))
     say("head of %d weights (%.1f %% of the trunk's layers), %d output rows" %
-        (size, 100 * size / sum(t.numel() for n, t in trunk.w.items() if n.startswith("blk.")), len(tokens_of_row)))
+        (size, 100 * size / layers, len(tokens_of_row)))
     queue, began, spent, shown = [], time.time(), state["seconds"], 0.0
     greedy, drawn = [s for s in test if s["greedy"]], [s for s in test if not s["greedy"]]
 
     def report(loss, final=False):
         few = None if final else o.test
         (a, b), (c, d) = (measure(head, trunk, rows, tokens_of_row, part[:few], 4) for part in (greedy, drawn))
-        line = "%d\t%.0f\t%.2f\t%.4f\t%s\t%.3f %.3f %.3f\t%s\t%.3f %.3f %.3f" % (
-            state["step"], state["seconds"], state["seen"] / tokens, loss, " ".join("%.3f" % x for x in a), b[1], b[2], b[3],
-            " ".join("%.3f" % x for x in c), d[1], d[2], d[3])
+        line = "%d\t%.0f\t%.2f\t%.4f" % (state["step"], state["seconds"], state["seen"] / tokens, loss)
+        for figures in (a, b[1:4], c, d[1:4]):
+            line += "\t" + " ".join("%.3f" % x for x in figures)
         say(line)
         with open(log, "a") as file:
             file.write(line + "\n")
         return a, c, b, d
 
     def save(finished, measured=None):
-        torch.save({"rows": chosen, "shape": head.shape, "weights": head.state_dict(), "state": state, "finished": finished,
-                    "muon": muon.moments, "adam": adam.state_dict(), "measured": measured}, path + ".part")
+        torch.save({"rows": chosen, "shape": head.shape, "weights": head.state_dict(), "state": state,
+                    "muon": muon.moments, "adam": adam.state_dict(), "finished": finished,
+                    "measured": measured}, path + ".part")
         os.rename(path + ".part", path)
 
     if not state["step"]:
         with open(log, "a") as file:
-            file.write("step\tseconds\tepochs\tloss\tgreedy: acceptance 1-4\ttokens per pass, windows 1-3\tsampled: the same\t\n")
+            file.write("step\tseconds\tepochs\tloss\tgreedy: acceptance 1-4\ttokens per pass, windows 1-3\t"
+                       "sampled: acceptance 1-4\ttokens per pass, windows 1-3\n")
     smooth = None
     while True:
         state["seconds"] = spent + time.time() - began
@@ -643,7 +646,7 @@ def stage_train(o):
             e = trunk.embed(ids[:, 1:])
             p = (trunk.logits(h, trunk.output[tokens_of_row]) - total[..., None]).exp()
         loss, weight, n = 0, 0.0, h.shape[1]
-        for j, y in enumerate(unroll(head, e, h, steps)):        # row t of step j foretells what follows t + j + 1
+        for j, y in enumerate(unroll(head, e, h, steps)):   # row t of step j foretells what follows t + j + 1
             p_j, y = p[:, j + 1:], y[:, :n - j - 1]
             valid = (total[:, j + 1:] < math.inf) & (total[:, :n - j - 1] < math.inf)
             part = o.fade ** j / max(int(valid.sum()), 1)
@@ -674,7 +677,6 @@ def stage_train(o):
 
 def stage_write(o):
     """The head file: safetensors, every tensor on a multiple of 64 bytes, checksums as in a model file."""
-    import torch
     trunk = Trunk(o.model, o.work, "cpu")
     kept = torch.load(os.path.join(o.work, o.head), map_location="cpu")
     if not o.output:
@@ -698,9 +700,10 @@ def stage_write(o):
     for name, t in tensors.items():
         raw = t.contiguous().numpy().tobytes()
         if at % 64:
-            header["pad.%d" % pads] = {"dtype": "U8", "shape": [-at % 64], "data_offsets": [at, at + -at % 64]}
-            blocks.append(bytes(-at % 64))
-            at, pads = at + -at % 64, pads + 1
+            gap = -at % 64
+            header["pad.%d" % pads] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
+            blocks.append(bytes(gap))
+            at, pads = at + gap, pads + 1
         header[name] = {"dtype": dtypes[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + len(raw)]}
         meta["crc32." + name] = "%08x" % zlib.crc32(raw)
         blocks.append(raw)
@@ -710,7 +713,8 @@ def stage_write(o):
     with open(o.output + ".part", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + b"".join(blocks))
     os.rename(o.output + ".part", o.output)
-    say("%s: %d bytes, acceptance %s" % (o.output, 8 + len(text) + at, meta.get("draft.0.acceptance", "not measured")))
+    say("%s: %d bytes, acceptance %s" %
+        (o.output, 8 + len(text) + at, meta.get("draft.0.acceptance", "not measured")))
 
 
 def main():
@@ -724,36 +728,39 @@ def main():
     g.add_argument("--questions", nargs="*", help="JSON lines with `question` or `prompt`")
     g.add_argument("--texts", nargs="*", help="plain texts: passages out of them")
     g.add_argument("--per-source", type=int, default=400, help="prompts from each of these files (400)")
-    g.add_argument("--turns", type=int, default=800, help="user turns that the model writes itself (800; chat models)")
+    g.add_argument("--turns", type=int, default=800, help="user turns that a chat model writes itself (800)")
     g = p.add_argument_group("answers")
     g.add_argument("--temperatures", type=float, nargs="*", default=[0, 0.8])
     g.add_argument("--tokens", type=int, default=256, help="length of an answer at most (256)")
     g.add_argument("--context", type=int, help="context of ./run (what the model has)")
     g = p.add_argument_group("states")
     g.add_argument("--also", nargs="*", help="further folders with answers")
-    g.add_argument("--shard", type=lambda s: [int(i) for i in s.split("/")], help="I/N: this part of the work, for several processes")
+    g.add_argument("--shard", type=lambda s: [int(i) for i in s.split("/")],
+                   help="I/N: this part of the work, for several processes")
     g.add_argument("--length", type=int, default=512, help="tokens of a prompt and its answer at most (512)")
     g = p.add_argument_group("train")
-    g.add_argument("--minutes", type=float, default=20, help="time to train for (20); the rate falls to nothing over it")
+    g.add_argument("--minutes", type=float, default=20, help="time to train for (20)")
     g.add_argument("--steps", type=int, help="batches to train on, if that is less")
-    g.add_argument("--rows", type=int, help="output rows: the most frequent tokens (all, through the trunk's matrix)")
+    g.add_argument("--rows", type=int, help="output rows: the most frequent tokens (all, the trunk's matrix)")
     g.add_argument("--hidden", type=int, help="width of the FFN (512, or the trunk's if that is less)")
     g.add_argument("--heads", type=int, help="query heads (the trunk's)")
     g.add_argument("--kv-heads", type=int, help="key heads (the trunk's)")
     g.add_argument("--head-dim", type=int, help="size of a head (the trunk's)")
     g.add_argument("--unroll", type=int, default=3, help="steps of the chain to learn (3)")
-    g.add_argument("--alone", type=float, default=0.3, help="part of the time in which only the first step learns (0.3)")
-    g.add_argument("--fade", type=float, default=0.8, help="weight of a step relative to the one before (0.8)")
+    g.add_argument("--alone", type=float, default=0.3, help="part of the time for the first step alone (0.3)")
+    g.add_argument("--fade", type=float, default=0.8, help="weight of a step relative to that before it (0.8)")
     g.add_argument("--rate", type=float, default=0.02, help="of learning (0.02)")
-    g.add_argument("--crop", type=int, default=128, help="tokens of a piece to learn from, 0: whole answers (128)")
+    g.add_argument("--crop", type=int, default=128, help="tokens of a piece, 0: whole answers (128)")
     g.add_argument("--batch", type=int, default=2048, help="tokens of a batch (2048)")
     g.add_argument("--every", type=float, default=60, help="seconds between two lines of the log (60)")
-    g.add_argument("--test", type=int, default=40, help="held-out answers for each of these lines (40; the last: all)")
+    g.add_argument("--test", type=int, default=40, help="held-out answers for a line; the last: all (40)")
     g.add_argument("--head", default="head.pt", help="name of the trained head in the work folder (head.pt)")
     g = p.add_argument_group("write")
     g.add_argument("-o", dest="output", help="the head file")
     g.add_argument("--type", choices=["f32", "f16"], default="f32")
     o = p.parse_args()
+    if not torch and o.stage not in ("prompts", "answers"):
+        sys.exit("train_heads.py: this stage needs PyTorch and numpy: pip install torch numpy")
     os.makedirs(o.work, exist_ok=True)
     stages = ["prompts", "answers", "states", "train", "write"] if o.stage == "all" else [o.stage]
     for stage in stages:
