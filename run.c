@@ -7015,7 +7015,7 @@ static void begin_slot(struct batch *b, struct slot *slot)
 static int run_batch(struct batch *b, struct slot *slots, int n, run_error *error)
 {
     struct generator *active[LOGIT_ROWS];
-    for (interrupted = 0; b->written < b->n && !interrupted;) {
+    while (b->written < b->n && !interrupted) {
         int n_active = 0;
         for (int i = 0; i < n; i++) {
             while (!slots[i].busy && b->next < b->n && !interrupted)
@@ -7120,6 +7120,7 @@ static int mode_batch(const struct options *o, run_session *s, enum mode mode, r
     struct output out = { .options = o, .session = s };
     int failed = read_prompt(o, &prompt, error), n_slots = 0;
     double start = seconds();
+    interrupted = 0;
     if (!failed && !o->samples) {
         failed = read_requests(&b, &prompt, mode, error) || (o->output && resume(&b, o->output, error));
     } else if (!failed) {
