@@ -148,7 +148,7 @@ typedef int (*run_callback)(void *context, int id, const char *text, size_t leng
 
 /* Who may propose tokens; all are checked, so that this changes speed and never the text. */
 enum run_draft { RUN_DRAFT_AUTO, RUN_DRAFT_OFF, RUN_DRAFT_LOOKUP, RUN_DRAFT_HEADS };
-enum run_drafter { RUN_LOOKUP, RUN_HEADS, RUN_DRAFTERS };
+enum run_drafter { RUN_LOOKUP, RUN_HEADS, RUN_MODEL, RUN_DRAFTERS };
 enum { RUN_DRAFT_MOST = 15 };  /* proposals in one pass */
 
 typedef struct {
@@ -177,6 +177,9 @@ typedef struct {
 /* A text whose tokens `ids` [n] are guessed from, besides what the session holds: an answer's likely
    source, perhaps. Replaces an earlier one; n = 0 removes it. */
 int run_draft_corpus(run_session *session, const int *ids, int n, run_error *error);
+/* A second, smaller model with the same tokens that guesses in place of draft heads; it must outlive
+   the session. NULL removes it. Fails if its tokens are others. */
+int run_draft_model(run_session *session, const run_model *model, run_error *error);
 
 /* Draws tokens after the session's last one until something ends it. Needs a run_eval before. All
    tokens but the last one drawn are then in the timeline; to go on, run_eval that one. During the
@@ -3514,6 +3517,7 @@ struct prophets {
     float *chained;                     /* [dim of the head] what the last step hands on */
     int width, from, kept;              /* of a state; positions from .. kept - 1 have theirs there */
     int base;                           /* position of the heads' first row */
+    int resting;                        /* they do not promise enough to be kept up to date */
 };
 
 static void prophets_close(struct prophets *h, int n)
@@ -3559,7 +3563,7 @@ static void keep_states(run_session *s, int first, int n, int position)
     if (!h)
         return;
     for (int i = 0; i < m->n_heads; i++) /* what is overwritten has to be read before */
-        if (m->heads[i].kind != MEDUSA && position + n - h->base - h->s[i]->length > KEPT)
+        if (m->heads[i].kind != MEDUSA && !h->resting && position + n - h->base - h->s[i]->length > KEPT)
             catch_up(s, i, position - 1, 0);
     if (position > h->kept || position < h->from)
         h->from = position;             /* what lies between is not known */
@@ -3652,7 +3656,7 @@ static void hand_on(run_session *s, int row)
 
 /* The proposal for place `at` of the window (0: behind the token at tokens[length]) of the heads
    alone, given the one for the place before. -1: there is none. */
-static int next_prophecy(run_session *s, int at, int before, double *p)
+static int ask_heads(run_session *s, int at, int before, double *p)
 {
     const struct run_model *m = s->model;
     struct prophets *h = s->prophets;
@@ -3686,6 +3690,12 @@ static int next_prophecy(run_session *s, int at, int before, double *p)
     return proposal_of(s, 0, p);
 }
 
+/* Tokens that heads would have to read before they could guess. */
+static int heads_behind(const run_session *s)
+{
+    return s->length - s->prophets->base - s->prophets->s[0]->length;
+}
+
 /* -- what drafting knows: how probable its proposals are, and what passes cost -- */
 
 enum { N_ROWS = LOGIT_ROWS, MATCH_BINS = 9, SURE_BINS = 10 };
@@ -3705,13 +3715,23 @@ struct drafting {
     int in_corpus_at;                   /* tokens of the timeline that it has followed */
     int *corpus_tokens;
     struct odds lookup_odds[2][MATCH_BINS];
-    struct odds head_odds[SURE_BINS];   /* by how sure the head was */
-    struct odds place_odds[N_ROWS];     /* of heads, by place in the window */
-    double head_time;                   /* of one step, in seconds */
-    unsigned heads_tried;               /* the step in which they last proposed */
+
+    int (*ask)(run_session *s, int at, int before, double *p); /* heads, a second model, or NULL: a token for place
+                                           `at` of the window behind `before`, and how sure it is; -1 without one */
+    int (*behind)(const run_session *s); /* tokens that who is asked would have to read first */
+    run_session *second;                /* of the second model */
+    int agreed;                         /* its tokens that are known to be the timeline's */
+    struct odds sure_odds[SURE_BINS];   /* of who is asked, by how sure it was */
+    struct odds place_odds[N_ROWS];     /* by place in the window */
+    double ask_time, read_time;         /* of a question, and of a token read before it, in seconds */
+    unsigned asked;                     /* the step in which a question last promised to pay */
+
     struct proposal window[N_ROWS];
     int proposed, drafted, judged;      /* of the window; judged: compared with what was drawn */
-    double time[N_ROWS + 1];            /* of a pass over so many rows, in seconds */
+    int trying;                         /* 0, or proposals to verify although they do not promise to pay */
+    double total, tried;                /* seconds in all; of them what trials are thought to have cost */
+    double alone, each;                 /* seconds of a pass over one row; what another row adds */
+    double bend[N_ROWS + 1];            /* how much longer than that so many rows take */
     int timed[N_ROWS + 1];              /* how often measured */
     unsigned last_timed[N_ROWS + 1], steps;
     double drawn, seconds;              /* tokens and time of late, which give the rate */
@@ -3727,6 +3747,7 @@ static void drafting_close(struct drafting *d)
     lookup_close(&d->text);
     lookup_close(&d->corpus);
     free(d->corpus_tokens);
+    run_session_close(d->second);
     free(d);
 }
 
@@ -3740,10 +3761,11 @@ static struct drafting *drafting_open(run_session *s, run_error *error)
         fail(error, "out of memory for drafting");
         return NULL;
     }
+    d->ask = s->prophets ? ask_heads : NULL;
+    d->behind = heads_behind;
     for (int i = 0; i < SURE_BINS; i++)
-        d->head_odds[i] = (struct odds){ 0.6 * (i + 0.5), 6 };
-    for (int i = 0; i < N_ROWS; i++)
-        d->place_odds[i] = (struct odds){ 2, 4 };
+        d->sure_odds[i] = (struct odds){ 0.6 * (i + 0.5), 6 };
+    d->place_odds[0] = (struct odds){ 2, 4 };
     for (int i = 0; i < 2 * MATCH_BINS; i++)
         d->lookup_odds[i / MATCH_BINS][i % MATCH_BINS] = (struct odds){ 6 * prior[i % MATCH_BINS], 6 };
     return d;
@@ -3769,6 +3791,70 @@ int run_draft_corpus(run_session *s, const int *ids, int n, run_error *error)
     return 0;
 }
 
+/* The tokens of both mean the same; one may know more of them than the other, as padding or controls. */
+static int same_tokens(const run_model *a, const run_model *b)
+{
+    int n = a->config.vocab < b->config.vocab ? a->config.vocab : b->config.vocab;
+    if (!a->tokenizer || !b->tokenizer)
+        return !a->tokenizer && !b->tokenizer && a->config.vocab == b->config.vocab;
+    for (int id = 0; id < n; id++) {
+        size_t length, other;
+        const char *piece = run_piece(a, id, &length), *theirs = run_piece(b, id, &other);
+        if (length != other || (length && memcmp(piece, theirs, length)))
+            return 0;
+    }
+    return 1;
+}
+
+static int second_behind(const run_session *s)
+{
+    return s->length + 1 - s->drafting->agreed;
+}
+
+/* What the second model puts at place `at` of the window. */
+static int ask_second(run_session *s, int at, int before, double *p)
+{
+    struct drafting *d = s->drafting;
+    run_session *second = d->second;
+    run_error error;
+    if (at == 0) {
+        while (d->agreed < second->length && d->agreed < s->length && second->tokens[d->agreed] == s->tokens[d->agreed])
+            d->agreed++;
+        if (s->length >= second->context || run_rewind(second, d->agreed, &error) ||
+            eval(second, s->tokens + d->agreed, s->length + 1 - d->agreed, 1, &error))
+            return -1;
+        d->agreed = s->length + 1;
+    } else if (eval(second, &before, 1, 1, &error)) {
+        return -1;
+    }
+    const float *logits = run_logits(second);
+    int best = best_of(logits, second->model->config.vocab);
+    *p = 1 / second->model->kernels->exp_sum(logits, second->model->config.vocab, logits[best], 1);
+    return best < s->model->config.vocab ? best : -1;
+}
+
+int run_draft_model(run_session *s, const run_model *model, run_error *error)
+{
+    struct drafting *d = s->drafting ? s->drafting : drafting_open(s, error);
+    if (!(s->drafting = d))
+        return -1;
+    run_session_close(d->second);
+    d->second = NULL;
+    d->agreed = 0;
+    d->ask = s->prophets ? ask_heads : NULL;
+    d->behind = heads_behind;
+    if (!model)
+        return 0;
+    if (!same_tokens(s->model, model))
+        return fail(error, "this model cannot draft for the other: its tokens are others");
+    int context = s->context < model->config.context ? s->context : model->config.context;
+    if (!(d->second = session_open(model, &(run_options){ context, 0, s->cache_f32, 1 }, NULL, s->pass->team, error)))
+        return -1;
+    d->ask = ask_second;
+    d->behind = second_behind;
+    return 0;
+}
+
 static int match_bin(int length)
 {
     return length < 5 ? length - 1 : length < 7 ? 4 : length < 11 ? 5 : length < 17 ? 6 : length < 33 ? 7 : 8;
@@ -3780,42 +3866,65 @@ static void judge(struct odds *o, int hit)
     o->n = 0.98 * o->n + 1;
 }
 
-/* Seconds of a pass over k rows: measured, or between the nearest that were. */
+/* Seconds of a pass over k rows: on a straight line, as far as it is not known better. */
 static double pass_time(const struct drafting *d, int k)
 {
-    int low = k, high = k;
-    while (low > 1 && !d->timed[low])
-        low--;
-    while (high < N_ROWS && !d->timed[high])
-        high++;
-    if (!d->timed[high])                /* as from one row to the widest that was tried; a guess if there is none */
-        return d->time[low] + (k - low) * (low > 1 ? (d->time[low] - d->time[1]) / (low - 1) : 0.3 * d->time[1]);
-    return low == high ? d->time[k] : d->time[low] + (d->time[high] - d->time[low]) * (k - low) / (high - low);
+    double line = d->alone + d->each * (k - 1);
+    return k == 1 ? line : line * (d->timed[k] * d->bend[k] + 4) / (d->timed[k] + 4);
 }
 
-/* Learns from a pass. That this one was slower or faster than expected tells of the others too:
-   contexts grow, machines get busy. */
+/* Learns from a pass, the more the less is known of such. That this one was slower or faster than
+   expected tells of the others too: contexts grow, machines get busy. */
 static void note_time(struct drafting *d, int k, double time)
 {
-    double expected = d->timed[k] ? d->time[k] : time;
-    time = time > 2 * expected ? 2 * expected : time; /* held up */
+    int n = d->timed[k], wide = 1;      /* has any but the first been timed of late? */
+    double expected = n > 1 || d->timed[1] > 2 ? pass_time(d, k) : time; /* the first time is slow */
     double ratio = time / expected;
-    int n = ++d->timed[k];
-    d->time[k] = n < 3 ? time : d->time[k] + (time - d->time[k]) / 8; /* the first time is slow */
-    d->last_timed[k] = d->steps;
-    for (int i = 1; i <= N_ROWS; i++) {
-        if (i != k)
-            d->time[i] *= 1 + (ratio < 0.8 ? -0.2 : ratio > 1.25 ? 0.25 : ratio - 1) * 0.05;
-        if (i < k ? d->time[i] > d->time[k] : d->time[i] < d->time[k])
-            d->time[i] += (d->time[k] - d->time[i]) / 4; /* fewer rows never take longer */
+    ratio = ratio > 1.25 ? 1.25 : ratio < 0.8 ? 0.8 : ratio; /* a single pass proves little: it may have been held up */
+    time = ratio * expected;
+    for (int i = 2; i <= N_ROWS; i++)
+        wide = wide && (!d->timed[i] || d->steps - d->last_timed[i] > 32);
+    int rare = k == 1 ? d->steps - d->last_timed[k] > 32 || n < 3 : wide;
+    if (k == 1) {
+        d->alone = expected + (time - expected) / (rare ? 2 : 8);
+        d->each = n < 2 ? 0.3 * d->alone : d->each; /* a guess */
+    } else {
+        double weight = rare ? 0.5 : 0.125, each = (time - d->alone) / (k - 1);
+        d->each += ((each > 0 ? each : 0) - d->each) * weight;
+        d->bend[k] += (time / (d->alone + d->each * (k - 1)) - d->bend[k]) / (n < 7 ? n + 1 : 8);
+        d->alone *= 1 + (ratio - 1) * 0.05;
+        if (d->alone > time)
+            d->alone += (time - d->alone) / 4;  /* fewer rows never take longer */
     }
+    d->timed[k] += d->timed[k] < 1000;
+    d->last_timed[k] = d->steps;
+}
+
+/* Of the answer for place `at`, if those before it are right: like that for the place before, until more is known. */
+static double place_chance(const struct drafting *d, int at)
+{
+    double chance = d->place_odds[0].hits / d->place_odds[0].n;
+    for (int i = 1; i <= at; i++)
+        chance = (d->place_odds[i].hits + 6 * chance) / (d->place_odds[i].n + 6);
+    return chance;
 }
 
 /* Tokens a second: of late, or with passes of one token each. */
 static double rate_of(const struct drafting *d)
 {
-    double rate = d->seconds > 0 ? d->drawn / d->seconds : 0, alone = d->time[1] > 0 ? 1 / d->time[1] : 0;
+    double rate = d->seconds > 0 ? d->drawn / d->seconds : 0, alone = d->alone > 0 ? 1 / d->alone : 0;
     return rate > alone ? rate : alone;
+}
+
+/* Costs and chances change, so what does not pay is tried now and then: as long as all trials
+   together cost a little of the time. */
+static int may_try(struct drafting *d, double cost)
+{
+    cost = cost > 0.01 * d->alone ? cost : 0.01 * d->alone;
+    if (d->tried + cost > 0.005 * d->total)
+        return 0;
+    d->tried += cost;
+    return 1;
 }
 
 /* How many of the proposals to verify: those that give the most tokens for their time, time being
@@ -3826,14 +3935,14 @@ static int choose_width(struct drafting *d, int n)
         d->random = d->random * 6364136223846793005u + 1442695040888963407u;
         return (int)((d->random >> 33) % (uint64_t)(n + 1));
     }
-    if (d->timed[1] < 2 || d->steps - d->last_timed[1] > 64)
-        return 0;                       /* what it would cost without has to be known */
+    if (d->timed[1] < 2)
+        return 0;
     double rate = rate_of(d);
     int best = 0, widest = N_ROWS;
     while (widest > 1 && !d->timed[widest])
         widest--;
     n = n < 2 * widest ? n : 2 * widest; /* what wider passes cost is not known */
-    double value = 1.05 - rate * d->time[1], reached = 1, tokens = 1; /* what is measured is not exact */
+    double value = 1.03 - rate * d->alone, reached = 1, tokens = 1; /* what is measured is not exact */
     for (int k = 1; k <= n; k++) {
         reached *= d->window[k - 1].p;
         tokens += reached;
@@ -3842,19 +3951,27 @@ static int choose_width(struct drafting *d, int n)
             best = k;
         }
     }
-    if (best == 0 && n > 0 && d->window[0].p > 0.3 && d->steps - d->last_timed[2] > 64)
-        best = 1;                       /* costs change: a rare try */
-    return best;
+    if (best && d->steps - d->last_timed[1] > 128)
+        return 0;                       /* what it would cost without has to be known */
+    if (best == 0 && d->trying == 0 && n > 0 && may_try(d, pass_time(d, 2) - d->alone - d->window[0].p / rate))
+        return 1;
+    return best < d->trying && d->trying <= n ? d->trying : best;
 }
 
-/* Whether a step of the heads promises more than it costs. */
-static int worth_asking(const struct drafting *d, int at, double reached, double rate)
+/* Whether a question promises more than it costs. */
+static int worth_asking(run_session *s, int at, double reached, double rate)
 {
-    const struct odds *o = &d->place_odds[at];
-    if (d->random || (at == 0 && d->steps - d->heads_tried > 64))
+    struct drafting *d = s->drafting;
+    double read = at == 0 && d->behind(s) > 8 ? d->behind(s) * d->read_time : 0;
+    double cost = d->each + d->ask_time, gain = reached * place_chance(d, at) / rate;
+    if (d->random || gain > cost) {
+        d->asked = d->steps;
         return 1;
-    double cost = pass_time(d, at + 2) - pass_time(d, at + 1) + d->head_time;
-    return reached * o->hits / o->n > rate * cost;
+    }
+    if (!may_try(d, cost + read - gain))
+        return 0;
+    d->trying = at + 1;
+    return 1;
 }
 
 /* Other tokens may come at `position`. */
@@ -3862,6 +3979,8 @@ static void forget_behind(run_session *s, int position)
 {
     if (s->drafting && s->drafting->text.n > position)
         lookup_clear(&s->drafting->text);
+    if (s->drafting && s->drafting->agreed > position)
+        s->drafting->agreed = position;
     prophets_rewind(s, position);
 }
 
@@ -3871,7 +3990,7 @@ static int propose(run_session *s, const run_generation *how, int most)
     struct drafting *d = s->drafting;
     int n = s->length + 1;
     d->steps++;
-    d->proposed = d->drafted = d->judged = 0;
+    d->proposed = d->drafted = d->judged = d->trying = 0;
     if (d->foreign) {
         int tokens[N_ROWS];
         d->proposed = d->foreign(d->foreign_context, s, tokens, most);
@@ -3890,7 +4009,7 @@ static int propose(run_session *s, const run_generation *how, int most)
             follow(&d->corpus, &d->in_corpus, s->tokens[d->in_corpus_at++]);
     }
     struct cursor here = lookup_end(&d->text), there = d->in_corpus;
-    int heads = s->prophets && how->draft != RUN_DRAFT_LOOKUP && (d->random || d->timed[1] >= 2); /* they have seen all proposals so far */
+    int asking = d->ask && how->draft != RUN_DRAFT_LOOKUP && (d->random || d->timed[1] >= 2); /* who has seen all proposals so far */
     double rate = rate_of(d);
     for (double reached = 1; d->proposed < most && reached > 0.02; d->proposed++) {
         struct proposal *p = &d->window[d->proposed];
@@ -3903,21 +4022,21 @@ static int propose(run_session *s, const run_generation *how, int most)
             p->odds = &d->lookup_odds[from_corpus][match_bin(from_corpus ? there.length : here.length)];
             p->p = p->odds->hits / p->odds->n;
         }
-        if (heads && p->p >= d->place_odds[at].hits / d->place_odds[at].n && d->steps - d->heads_tried <= 64)
-            heads = 0;
-        if (heads && (heads = worth_asking(d, at, reached, rate))) {
-            double start = seconds(), sure;
-            int behind = at ? 0 : s->length - s->prophets->base - s->prophets->s[0]->length;
-            int token = next_prophecy(s, at, at ? d->window[at - 1].token : 0, &sure);
+        if (asking && p->p >= place_chance(d, at))
+            asking = 0;
+        if (asking && (asking = worth_asking(s, at, reached, rate))) {
+            double start = seconds(), sure = 0;
+            int behind = at ? 0 : d->behind(s), token = d->ask(s, at, at ? d->window[at - 1].token : 0, &sure);
             double time = seconds() - start;
-            if (behind < 8)             /* and not the whole prompt to catch up with */
-                d->head_time += (time - d->head_time) / (d->head_time > 0 ? 8 : 1);
-            d->heads_tried = d->steps;
-            heads = token >= 0;
+            if (behind <= 8)
+                d->ask_time += (time - d->ask_time) / (d->ask_time > 0 ? 8 : 1);
+            else
+                d->read_time = time / behind;
+            asking = token >= 0;
             int bin = (int)(sure * SURE_BINS);
-            struct odds *o = &d->head_odds[bin < SURE_BINS ? bin : SURE_BINS - 1];
-            if (heads && (p->token < 0 || o->hits / o->n > p->p))
-                *p = (struct proposal){ token, RUN_HEADS, o, o->hits / o->n };
+            struct odds *o = &d->sure_odds[bin < SURE_BINS ? bin : SURE_BINS - 1];
+            if (asking && (p->token < 0 || o->hits / o->n > p->p))
+                *p = (struct proposal){ token, d->second ? RUN_MODEL : RUN_HEADS, o, o->hits / o->n };
         }
         if (p->token < 0)
             break;
@@ -3926,6 +4045,8 @@ static int propose(run_session *s, const run_generation *how, int most)
         if (d->corpus.room)
             follow(&d->corpus, &there, p->token);
     }
+    if (s->prophets)
+        s->prophets->resting = d->steps - d->asked > KEPT / 2;
     return d->drafted = choose_width(d, d->proposed);
 }
 
@@ -3938,7 +4059,7 @@ static void judge_next(struct drafting *d, int id, run_result *r)
     struct proposal *p = &d->window[d->judged];
     int hit = p->token == id;
     judge(p->odds, hit);
-    if (p->drafter == RUN_HEADS)
+    if (p->drafter != RUN_LOOKUP)
         judge(&d->place_odds[d->judged], hit);
     if (hit && d->judged < d->drafted) {
         r->accepted++;
@@ -4083,7 +4204,7 @@ static void settle(struct generator *g)
     struct drafting *d = g->s->drafting;
     if (!g->r.passes)
         return;
-    g->r.alone_seconds += g->width ? g->drawn * d->time[1] : g->time;
+    g->r.alone_seconds += g->width ? g->drawn * d->alone : g->time;
     if (d && g->alone) {
         double expected = pass_time(d, g->width + 1);
         d->drawn = 0.97 * d->drawn + g->drawn;
@@ -4147,8 +4268,10 @@ static int advance(struct generator *const *g, int n, run_error *error)
         if (s->drafting && n > 1)
             s->drafting->proposed = s->drafting->drafted = 0;
     }
-    if (d && !failed)
+    if (d && !failed) {
         note_time(d, width + 1, time);
+        d->total += time + drafted - start;
+    }
     return failed;
 }
 
@@ -5953,7 +6076,8 @@ static const char usage_text[] =
     "  --kv f16|f32          type of the key/value cache (f16)\n"
     "  --draft WHAT          auto: guess what comes next and check guesses together, if that saves time (default);\n"
     "                        off; lookup: only from what the text repeats; heads: only by the model's draft heads;\n"
-    "                        FILE: heads from a file of their own. The text is the same with each\n"
+    "                        FILE: heads from a file of their own, or a smaller model with the same tokens.\n"
+    "                        The text is the same with each\n"
     "  --draft-max N         tokens to guess at most (15)\n"
     "  --draft-corpus FILE   a text to guess from, besides prompt and answer\n"
     "many at once (generate, chat):\n"
@@ -6134,7 +6258,8 @@ static struct options parse_options(int n, char **words)
         o.draft++;                      /* beyond the words: a file */
     FILE *file = draft_names[o.draft] ? NULL : fopen(o.draft_text, "rb");
     if (!draft_names[o.draft] && !file)
-        wrong_usage("--draft takes one of auto, off, lookup, heads, or a file of draft heads, not \"%s\"", o.draft_text);
+        wrong_usage("--draft takes one of auto, off, lookup, heads, or a file of draft heads or of a smaller model, not \"%s\"",
+                    o.draft_text);
     if (file)
         fclose(file);
     int end = 0;
@@ -6557,7 +6682,7 @@ static void print_ids(struct text *t, const int *ids, int n)
 /* More members of the object "stats". */
 static void print_drafting(struct text *t, const run_result *r)
 {
-    static const char *const names[RUN_DRAFTERS] = { "lookup", "heads" };
+    static const char *const names[RUN_DRAFTERS] = { "lookup", "heads", "model" };
     int deepest = RUN_DRAFT_MOST;
     text_print(t, ",\"tokens_per_pass\":%.4g,\"draft_s\":%.6g,\"verify_s\":%.6g,\"tok_s_without\":%.6g,\"drafters\":{",
                rate(r->tokens, r->passes), r->draft_seconds, r->verify_seconds, rate(r->tokens, r->seconds * (1 + net_gain(r))));
@@ -7895,6 +8020,19 @@ static void check_options(const struct options *o, enum mode mode)
         wrong_usage("--logprobs needs --json");
 }
 
+/* Whether a file is a model, and not draft heads or anything else. */
+static int is_model(const char *path)
+{
+    struct container file;
+    run_error error;
+    if (container_open(&file, path, &error))
+        return 0;
+    const char *version = find_text(&file, "run.c");
+    int is = version && !strncmp(version, "1", 1);
+    container_close(&file);
+    return is;
+}
+
 /* --draft-corpus */
 static int read_corpus(const struct options *o, run_session *s, run_error *error)
 {
@@ -7907,14 +8045,15 @@ static int read_corpus(const struct options *o, run_session *s, run_error *error
     return failed;
 }
 
-static int with_session(const struct options *o, const run_model *m, enum mode mode, run_error *error)
+static int with_session(const struct options *o, const run_model *m, const run_model *second, enum mode mode, run_error *error)
 {
     int drafts = (mode == CHAT || mode == GENERATE) && o->draft != RUN_DRAFT_OFF && o->draft != RUN_DRAFT_LOOKUP;
     if (drafts && o->draft == RUN_DRAFT_HEADS && !m->n_heads) {
-        fail(error, "this model has no draft heads; --draft lookup needs none, and --draft FILE takes heads from a file of their own");
+        fail(error, "this model has no draft heads; --draft lookup needs none, and --draft FILE takes heads from a file of "
+             "their own, or a smaller model");
         return failure(error);
     }
-    run_options how = { o->context, o->threads, o->kv_f32, !drafts };
+    run_options how = { o->context, o->threads, o->kv_f32, !drafts || second };
     run_session *s = run_session_open(m, &how, error);
     if (!s)
         return failure(error);
@@ -7922,7 +8061,7 @@ static int with_session(const struct options *o, const run_model *m, enum mode m
         fprintf(stderr, "run: a context of %d is more than the %d that this model was trained for\n", o->context, m->config.context);
     if (o->samples && !o->prompt && !o->prompt_file)
         wrong_usage("--samples needs a prompt (-i or -f)");
-    if (o->corpus && read_corpus(o, s, error)) {
+    if ((o->corpus && read_corpus(o, s, error)) || (second && drafts && run_draft_model(s, second, error))) {
         run_session_close(s);
         return failure(error);
     }
@@ -7951,9 +8090,10 @@ int main(int n, char **words)
     run_model *m = run_open(o.model, &error);
     if (!m)
         return failure(&error);
-    if (!draft_names[o.draft]) {
+    run_model *second = NULL;
+    if (!draft_names[o.draft]) {        /* a file: of heads, or of a second model */
         o.draft = RUN_DRAFT_AUTO;
-        if (run_attach_heads(m, o.draft_text, &error)) {
+        if (is_model(o.draft_text) ? !(second = run_open(o.draft_text, &error)) : run_attach_heads(m, o.draft_text, &error)) {
             run_close(m);
             return failure(&error);
         }
@@ -7967,8 +8107,9 @@ int main(int n, char **words)
         clock_gettime(CLOCK_REALTIME, &now);
         o.sampling.seed = ((uint64_t)now.tv_nsec ^ (uint64_t)now.tv_sec << 30 ^ (uint64_t)getpid() << 20) & 0x7fffffff;
     }
-    int status = mode == TOKENIZE ? mode_tokenize(&o, m, &error) : with_session(&o, m, mode, &error);
+    int status = mode == TOKENIZE ? mode_tokenize(&o, m, &error) : with_session(&o, m, second, mode, &error);
     run_close(m);
+    run_close(second);
     return status;
 }
 

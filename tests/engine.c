@@ -8,6 +8,8 @@
    engine rewinds MODEL SEED POISON   sessions that evaluate, rewind, fork, fail and generate,
                                       compared with fresh ones
    engine drafts MODEL SEED TRIALS HEADS generations with drafters that are right, wrong or random, compared with none
+   engine controller MODEL            generations whose passes and guesses take simulated time: how much of the
+                                      best fixed choice drafting reaches, a line for each case
    engine lookups - TRIALS            lookup against a plain search
    engine frequencies MODEL N PERCENT tokens that N seeds draw at that temperature, against their probabilities
    engine heads MODEL FILE STEPS      logits of the draft heads (requests on standard input)
@@ -33,6 +35,19 @@
 #endif
 #define _DEFAULT_SOURCE 1
 #include <stdio.h>
+#include <time.h>
+
+/* The clock of run.c can be a simulated one. */
+static double simulated = -1;           /* seconds; below 0: it is the real one */
+
+static int any_clock(clockid_t clock, struct timespec *t)
+{
+    if (simulated < 0)
+        return clock_gettime(clock, t);
+    *t = (struct timespec){ (time_t)simulated, (long)(1e9 * (simulated - (double)(time_t)simulated)) };
+    return 0;
+}
+#define clock_gettime(clock, t) any_clock(clock, t)
 
 /* What the program says on standard error can be sent elsewhere, without what sanitizers say. */
 static FILE *messages;
@@ -382,15 +397,19 @@ static int drafts(const char *path, int seed, int trials, const char *head_file)
         how.context = &truth;
         if (run_eval(truth.s, ids, n, &problem) || run_generate(truth.s, &how, &right, &problem))
             die("engine: %s", problem.text);
-        for (int kind = 0; kind < 8; kind++) {
+        for (int kind = 0; kind < 10; kind++) {
             static const char *const names[] = { "an oracle", "an adversary", "half right", "nonsense", "auto", "auto at random",
-                                                 "lookup at random", "heads at random" };
+                                                 "lookup at random", "heads at random", "a second model",
+                                                 "a second model at random" };
             struct told t = { .s = open_session(m, context, 1 + kind % 2, trial & 1) };
             struct guesser g = { kind < 4 ? (int)kind : 0, &truth, &t };
             how.context = &t;
-            how.draft = kind == 6 ? RUN_DRAFT_LOOKUP : kind == 7 ? RUN_DRAFT_HEADS : RUN_DRAFT_AUTO;
+            how.draft = kind == 6 ? RUN_DRAFT_LOOKUP : kind == 7 || kind == 9 ? RUN_DRAFT_HEADS : RUN_DRAFT_AUTO;
             t.s->drafting = need(drafting_open(t.s, &problem));
-            t.s->drafting->random = kind > 4 ? (uint64_t)trial * 77 + 1 : 0;
+            if (kind >= 8 && run_draft_model(t.s, m, &problem)) /* the model itself knows what it is going to say */
+                die("engine: %s", problem.text);
+            int knows = kind == 9 && how.sampling.temperature == 0 && how.sampling.repeat_penalty == 1 && !t.s->cache_f32;
+            t.s->drafting->random = kind > 4 && kind != 8 ? (uint64_t)trial * 77 + 1 : 0;
             t.s->drafting->foreign = kind < 4 ? guess : NULL;
             t.s->drafting->foreign_context = &g;
             if (run_eval(t.s, ids, n, &problem) || run_generate(t.s, &how, &r, &problem))
@@ -415,6 +434,8 @@ static int drafts(const char *path, int seed, int trials, const char *head_file)
             if ((kind == ADVERSARY && r.accepted) || (kind == ORACLE && r.tokens > 1 &&
                 r.passes > (r.tokens - 1 + (how.draft_max ? how.draft_max : RUN_DRAFT_MOST)) / (1 + (how.draft_max ? how.draft_max : RUN_DRAFT_MOST)) + 1))
                 die("trial %d, %s: %d tokens in %d passes", trial, names[kind], r.tokens, r.passes);
+            if (knows && r.drafted - r.accepted > RUN_DRAFT_MOST)
+                die("trial %d, %s: only %d of %d accepted", trial, names[kind], r.accepted, r.drafted);
             drafted += r.drafted;
             accepted += r.accepted;
             windows += r.passes;
@@ -429,8 +450,10 @@ static int drafts(const char *path, int seed, int trials, const char *head_file)
                 how.context = &again;
                 t.s->drafting->foreign = NULL;
                 if (run_rewind(t.s, back, &problem) || run_eval(t.s, ids, more < n ? more : n, &problem) ||
-                    run_generate(t.s, &how, NULL, &problem))
+                    run_generate(t.s, &how, &r, &problem))
                     die("engine: %s", problem.text);
+                if (knows && r.drafted - r.accepted > RUN_DRAFT_MOST)
+                    die("trial %d, %s: only %d of %d accepted after a rewind", trial, names[kind], r.accepted, r.drafted);
                 how.context = &plain;
                 how.draft = RUN_DRAFT_OFF;
                 if (run_eval(plain.s, past, back, &problem) || run_eval(plain.s, ids, more < n ? more : n, &problem) ||
@@ -457,6 +480,114 @@ static int drafts(const char *path, int seed, int trials, const char *head_file)
 }
 
 /* The longest earlier occurrence of a text's end, and of its end with other tokens added, against a plain search. */
+/* A machine and a drafter that exist in a table only: a pass over k rows takes 1 + slope (k - 1) simulated
+   seconds, a question `ask`; each guess is right with probability `chance`. */
+struct simulation {
+    double slope, ask, chance;
+    int in_pass;
+    struct told truth, sofar;
+};
+static struct simulation world;
+
+static void pass_takes_time(void *context, const char *point, int layer, const float *values, int position, int width)
+{
+    (void)context, (void)layer, (void)values, (void)position, (void)width;
+    if (!strcmp(point, "embed")) {
+        double time = world.in_pass ? world.slope : 1;
+        simulated += time * (0.95 + 0.001 * dice(101)) * (dice(200) ? 1 : 3); /* noise; at times it is held up */
+    }
+    world.in_pass = !strcmp(point, "embed");
+}
+
+static int ask_table(run_session *s, int at, int before, double *p)
+{
+    (void)before;
+    simulated += world.ask;
+    *p = 0.5;
+    int next = world.sofar.n + at, right = next < world.truth.n && dice(1000000) < 1e6 * world.chance;
+    return right ? world.truth.ids[next] : (next < world.truth.n ? world.truth.ids[next] + 1 : 1) % s->model->config.vocab;
+}
+
+static int nothing_behind(const run_session *s) { return (void)s, 0; }
+
+/* Tokens a second of the best fixed number of guesses. */
+static double best_fixed(void)
+{
+    double best = 0, tokens = 1, reached = 1;
+    for (int k = 0; k < RUN_DRAFT_MOST; k++) {
+        double rate = tokens / (1 + (world.slope + world.ask) * k);
+        best = rate > best ? rate : best;
+        tokens += reached *= world.chance;
+    }
+    return best;
+}
+
+/* Tokens a simulated second over at least n tokens. */
+static double simulate(run_session *s, const int *prompt, run_generation *how, int n)
+{
+    double began = 0, time = 0;
+    int tokens = 0;
+    while (tokens < n) {
+        run_result r;
+        if (run_position(s) > 1 && (run_rewind(s, 0, &problem) || run_eval(s, prompt, 1, &problem)))
+            die("engine: %s", problem.text);
+        world.sofar.n = 0;
+        began = simulated;
+        if (run_generate(s, how, &r, &problem))
+            die("engine: %s", problem.text);
+        time += simulated - began;
+        tokens += r.tokens;
+    }
+    return tokens / time;
+}
+
+static int controller(const char *path)
+{
+    static const double slopes[] = { 0.03, 0.1, 0.25, 0.5, 0.95 }, chances[] = { 0, 0.15, 0.3, 0.45, 0.6, 0.8, 0.95 }, ask = 0.05;
+    static const double changes[][2][3] = {     /* slope, ask, chance; before and after */
+        { { 0.1, 0.03, 0.05 }, { 0.1, 0.03, 0.8 } }, { { 0.1, 0.03, 0.9 }, { 0.1, 0.03, 0.1 } },
+        { { 0.9, 0.03, 0.5 }, { 0.05, 0.03, 0.5 } }, { { 0.05, 0.03, 0.5 }, { 0.9, 0.03, 0.5 } } };
+    run_model *m = open_model(path);
+    int prompt[1] = { 1 };
+    run_generation how = { .max_tokens = 300, .draft = RUN_DRAFT_OFF, .callback = note_token, .sampling = { .top_p = 1, .repeat_penalty = 1 } };
+    world.truth.s = open_session(m, LONG, 1, 1);
+    how.context = &world.truth;
+    if (run_eval(world.truth.s, prompt, 1, &problem) || run_generate(world.truth.s, &how, NULL, &problem))
+        die("engine: %s", problem.text);
+    how.draft = RUN_DRAFT_HEADS;
+    how.context = &world.sofar;
+    for (int i = 0; i < 35 + 4; i++) {
+        run_session *s = open_session(m, LONG, 1, 1);
+        const double change[3] = { slopes[i % 5], ask, chances[i / 5 % 7] }, *before = i < 35 ? change : changes[i - 35][0];
+        dice_state = (uint64_t)i + 1;
+        simulated = 1;
+        world.sofar.s = s;
+        world.slope = before[0], world.ask = before[1], world.chance = before[2];
+        run_observe(s, pass_takes_time, NULL);
+        s->drafting = need(drafting_open(s, &problem));
+        s->drafting->ask = ask_table;
+        s->drafting->behind = nothing_behind;
+        if (run_eval(s, prompt, 1, &problem))
+            die("engine: %s", problem.text);
+        double rate = simulate(s, prompt, &how, i < 35 ? 2000 : 1000);
+        if (i >= 35) {
+            world.slope = changes[i - 35][1][0], world.ask = changes[i - 35][1][1], world.chance = changes[i - 35][1][2];
+            how.max_tokens = 200;
+            simulate(s, prompt, &how, 200);
+            how.max_tokens = 300;
+            rate = simulate(s, prompt, &how, 900);
+        }
+        /* passes are held up by 1 % on average */
+        printf("%s slope %.2f ask %.2f chance %.2f: %.3f of the best, %.3f of none\n", i < 35 ? "steady" : "change", world.slope, world.ask,
+               world.chance, 1.01 * rate / best_fixed(), 1.01 * rate);
+        simulated = -1;
+        run_session_close(s);
+    }
+    run_session_close(world.truth.s);
+    run_close(m);
+    return 0;
+}
+
 static int lookups(int trials)
 {
     for (int trial = 0; trial < trials; trial++) {
@@ -633,7 +764,7 @@ static int heads(const char *path, const char *file, int steps)
         s->tokens[s->length] = next;
         for (int step = 0, token = 0; step < steps; step++) {
             double sure;
-            token = next_prophecy(s, step, token, &sure);
+            token = ask_heads(s, step, token, &sure);
             int module = m->heads[0].kind == SERIAL ? 0 : step;
             if (token < 0)
                 die("engine: no proposal at step %d", step);
@@ -1254,6 +1385,8 @@ int main(int n, char **words)
         return rewinds(path, numbers[0], numbers[1]);
     if (!strcmp(command, "drafts"))
         return drafts(path, numbers[0], numbers[1], n > 5 ? words[5] : "");
+    if (!strcmp(command, "controller"))
+        return controller(path);
     if (!strcmp(command, "lookups"))
         return lookups(numbers[0]);
     if (!strcmp(command, "frequencies"))

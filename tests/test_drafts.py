@@ -32,6 +32,18 @@ class Same(unittest.TestCase):
         for model, percent in ((STORIES, 100), (small_model("mistral"), 40)):
             works(["frequencies", model, 20000, percent])
 
+    def test_controller(self):
+        """Passes and guesses that take simulated time: near the best fixed width whatever they cost, never much
+        below none; also 200 tokens after the costs or the chances have changed."""
+        out = works(["controller", STORIES]).decode()
+        cases = re.findall(r"(steady|change) .* chance (\S+): (\S+) of the best, (\S+) of none", out)
+        self.assertEqual(len(cases), 39)
+        steady = [float(best) for kind, _, best, _ in cases if kind == "steady"]
+        self.assertGreater(sum(steady) / len(steady), 0.98, out)
+        for kind, chance, best, none in cases:
+            self.assertGreater(float(best), 0.92 if kind == "change" or float(chance) > 0.9 else 0.95, out)
+            self.assertGreater(float(none), 0.98, out)
+
     def test_mistakes_are_noticed(self):
         drafts, frequencies = ["drafts", small_model("mistral"), 1, 12], ["frequencies", small_model("mistral"), 20000, 40]
         for word, args in (("stand although", drafts), ("lossy", frequencies), ("behind the end", drafts),
