@@ -1204,8 +1204,8 @@ static int head_read(struct run_model *trunk, struct container *file, int number
         return -1;
     if (h->state == STATE_LAYERS && !taps)
         return fail(error, "draft head %d is fed with layers, but draft.%d.layers names none", number, number);
-    if (number && taps != trunk->n_taps)
-        return fail(error, "draft head %d wants other states of the trunk than the first one", number);
+    if (number && (h->kind != trunk->heads->kind || h->state != trunk->heads->state || h->state == STATE_LAYERS))
+        return fail(error, "draft head %d differs from the first one in its kind, or in the states of the trunk that it wants", number);
     trunk->n_taps = taps;
     x->state = t->dim * (taps ? taps : 1);
     x->embedding = trunk->embedding;
@@ -1219,8 +1219,8 @@ static int head_read(struct run_model *trunk, struct container *file, int number
     if (!m->layers || !m->rope || !m->residuals)
         return fail(error, "out of memory");
 
-    int fused = get_tensor(&r, "fuse.weight") != NULL;
-    if (c->dim != t->dim && !fused)
+    int fused = h->kind == SERIAL && get_tensor(&r, "fuse.weight");
+    if (c->dim != t->dim && (!fused || norm == 1))
         return fail(error, "draft head %d is %d wide, its trunk %d", number, c->dim, t->dim);
     if (h->kind == SERIAL) {
         int64_t q = ((int64_t)c->heads * c->hd) << c->gated, kv = (int64_t)c->kv * c->hd;
@@ -3072,15 +3072,15 @@ static void forward(void *context, int me)
         return;
     multiply(p, me, &(struct product){ &m->output, p->logits, (size_t)c->vocab, NULL, 0 }, 1, &p->last);  /* [wanted, vocab] */
     barrier(p->team);
-    for (int j = me; j < p->wanted; j += p->team->active)
-        note(p, not_finite(p->logits + (size_t)j * (size_t)c->vocab, c->vocab), c->layers, p->wanted_rows[j]);
-    if (c->logit_scale != 1 || c->logit_cap > 0)
-        barrier(p->team);
     for (size_t i = (size_t)me; (c->logit_scale != 1 || c->logit_cap > 0) && i < (size_t)p->wanted * (size_t)c->vocab;
          i += (size_t)p->team->active) {
         float x = p->logits[i] * c->logit_scale;
-        p->logits[i] = c->logit_cap > 0 ? c->logit_cap * tanh_(x / c->logit_cap) : x;
+        p->logits[i] = c->logit_cap > 0 && fabsf(x) <= FLT_MAX ? c->logit_cap * tanh_(x / c->logit_cap) : x;
     }
+    if (c->logit_scale != 1 || c->logit_cap > 0)
+        barrier(p->team);
+    for (int j = me; j < p->wanted; j += p->team->active)
+        note(p, not_finite(p->logits + (size_t)j * (size_t)c->vocab, c->vocab), c->layers, p->wanted_rows[j]);
     mark(p, me, LOGITS);
 }
 
@@ -3562,11 +3562,11 @@ static void keep_states(run_session *s, int first, int n, int position)
     const struct pass *p = s->pass;
     if (!h)
         return;
+    if (position > h->kept || position < h->from)
+        h->from = position;             /* what lies between is not known */
     for (int i = 0; i < m->n_heads; i++) /* what is overwritten has to be read before */
         if (m->heads[i].kind != MEDUSA && !h->resting && position + n - h->base - h->s[i]->length > KEPT)
             catch_up(s, i, position - 1, 0);
-    if (position > h->kept || position < h->from)
-        h->from = position;             /* what lies between is not known */
     for (int i = 0; i < n; i++) {
         float *to = h->states + (size_t)((position + i) % KEPT) * (size_t)h->width;
         const float *x = p->x + (size_t)(first + i) * (size_t)m->config.dim;
@@ -3589,6 +3589,8 @@ static void prophets_rewind(run_session *s, int position)
     rows = rows > 0 ? rows : 0;
     for (int i = 0; h && i < s->model->n_heads; i++)
         h->s[i]->length = h->s[i]->length < rows ? h->s[i]->length : rows;
+    if (h && rows == 0)
+        h->base = position > 0 ? position - 1 : 0;
     if (h && h->kept > position)
         h->kept = position;
     if (h && h->from > h->kept)
@@ -3609,30 +3611,37 @@ static int prophesy(run_session *head, struct row *rows, int n, int chained)
     return run_pass(head->pass, rows, n, &error);
 }
 
-/* Head i reads the positions before `end` that it has not read; the last row gets logits. */
+/* Head i reads the positions before `end` that it has not read; if it is `wanted`, the last one gets
+   logits (and is read again for them). Returns the rows of the last pass, or -1 if the state before
+   `end` is not known or a pass fails. */
 static int catch_up(run_session *s, int i, int end, int wanted)
 {
     struct prophets *h = s->prophets;
     run_session *head = h->s[i];
+    struct row rows[CHUNK];
+    int n = 0;
+    if (end > h->kept || end <= h->from)
+        return -1;
+    if (s->model->heads[i].kind == MEDUSA) { /* has no cache */
+        rows[0] = (struct row){ head, state_at(h, end - 1), 0, 0, 1 };
+        return prophesy(head, rows, 1, 0) ? -1 : 1;
+    }
     if (h->base + head->length < h->from) {
         for (int k = 0; k < s->model->n_heads; k++)
             h->s[k]->length = 0;
         h->base = h->from;
     }
-    if (s->model->heads[i].kind == MEDUSA) /* has no cache */
-        h->base = end - 1 - head->length;
+    if (wanted && h->base + head->length >= end)
+        head->length = end - 1 - h->base;
     while (h->base + head->length < end) {
-        struct row rows[CHUNK];
-        int n = 0, t = h->base + head->length;
-        for (; n < CHUNK && t + n < end; n++)
+        int t = h->base + head->length;
+        for (n = 0; n < CHUNK && t + n < end; n++)
             rows[n] = (struct row){ head, state_at(h, t + n), s->tokens[t + n + 1], head->length + n, wanted && t + n == end - 1 };
         if (prophesy(head, rows, n, 0))
             return -1;
-        if (s->model->heads[i].kind == MEDUSA)
-            break;
         head->length += n;
     }
-    return 0;
+    return n;
 }
 
 /* What head i proposes after its last pass of n rows, and how sure it is. */
@@ -3641,7 +3650,7 @@ static int proposal_of(const run_session *s, int i, double *p)
     const struct head *head = &s->model->heads[i];
     const float *logits = s->prophets->s[i]->pass->logits;
     int best = best_of(logits, head->model.config.vocab);
-    *p = 1 / head->model.kernels->exp_sum(logits, head->model.config.vocab, logits[best], 1);
+    *p = 1 / head->model.kernels->exp_sum(logits, head->model.config.vocab, logits[best], 1); /* at least one term is 1 */
     return head->rows ? head->rows[best] : best;
 }
 
@@ -3660,22 +3669,14 @@ static int ask_heads(run_session *s, int at, int before, double *p)
 {
     const struct run_model *m = s->model;
     struct prophets *h = s->prophets;
-    if (m->heads[0].kind != SERIAL) {
-        if (at >= m->n_heads || h->kept < s->length || catch_up(s, at, s->length, 1))
-            return -1;
-        return proposal_of(s, at, p);
-    }
+    if (m->heads[0].kind != SERIAL)
+        return at >= m->n_heads || catch_up(s, at, s->length, 1) < 0 ? -1 : proposal_of(s, at, p);
     run_session *head = h->s[0];
     if (at == 0) {
-        int t = h->base + head->length;
-        if (h->kept < s->length)
+        int n = catch_up(s, 0, s->length, 1);
+        if (n < 0)
             return -1;
-        if (t >= s->length)             /* the last row again */
-            head->length = s->length - 1 - h->base > 0 ? s->length - 1 - h->base : 0;
-        t = h->base + head->length > h->from ? h->base + head->length : h->from;
-        if (catch_up(s, 0, s->length, 1))
-            return -1;
-        hand_on(s, (s->length - 1 - t) % CHUNK);
+        hand_on(s, n - 1);
     } else {
         if (!m->heads[0].may_chain || head->length + at > head->context)
             return -1;
@@ -3777,6 +3778,9 @@ int run_draft_corpus(run_session *s, const int *ids, int n, run_error *error)
     struct drafting *d = s->drafting ? s->drafting : drafting_open(s, error);
     if (!(s->drafting = d))
         return -1;
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= s->model->config.vocab)
+            return fail(error, "token id %d is outside the vocabulary of %d", ids[i], s->model->config.vocab);
     lookup_close(&d->corpus);
     free(d->corpus_tokens);
     d->in_corpus = (struct cursor){ 0, 0 };
@@ -3981,6 +3985,10 @@ static void forget_behind(run_session *s, int position)
         lookup_clear(&s->drafting->text);
     if (s->drafting && s->drafting->agreed > position)
         s->drafting->agreed = position;
+    if (s->drafting && s->drafting->in_corpus_at > position) {
+        s->drafting->in_corpus_at = position > 64 ? position - 64 : 0; /* enough to find the place again */
+        s->drafting->in_corpus = (struct cursor){ 0, 0 };
+    }
     prophets_rewind(s, position);
 }
 
@@ -4002,12 +4010,8 @@ static int propose(run_session *s, const run_generation *how, int most)
         lookup_clear(&d->text);
     while (d->text.n < n)
         lookup_add(&d->text);
-    if (d->corpus.room) {
-        if (d->in_corpus_at > n)
-            d->in_corpus_at = n > 64 ? n - 64 : 0;
-        while (d->in_corpus_at < n)
-            follow(&d->corpus, &d->in_corpus, s->tokens[d->in_corpus_at++]);
-    }
+    while (d->corpus.room && d->in_corpus_at < n)
+        follow(&d->corpus, &d->in_corpus, s->tokens[d->in_corpus_at++]);
     struct cursor here = lookup_end(&d->text), there = d->in_corpus;
     int asking = d->ask && how->draft != RUN_DRAFT_LOOKUP && (d->random || d->timed[1] >= 2); /* who has seen all proposals so far */
     double rate = rate_of(d);
@@ -6080,8 +6084,9 @@ static const char usage_text[] =
     "                        The text is the same with each\n"
     "  --draft-max N         tokens to guess at most (15)\n"
     "  --draft-corpus FILE   a text to guess from, besides prompt and answer\n"
-    "many at once (generate, chat):\n"
-    "  --samples N           N answers to one prompt\n"
+    "\n"
+    "many at once (generate, chat)\n"
+    "  --samples N           N answers to one prompt, which is not repeated\n"
     "  -f NAME.jsonl --json  a file of prompts, a line each: {\"prompt\":\"...\",\"chat\":true}; a result a line\n"
     "  -o FILE               where the results go; run again after an interruption, it goes on\n"
     "  --shard I/N           of the lines only every N-th, beginning with the I-th\n"
@@ -6751,14 +6756,10 @@ static int finish_output(void)
 
 static int mode_generate(const struct options *o, run_session *s, run_error *error)
 {
-    const run_model *m = s->model;
     struct text prompt = { 0 };
     struct output out = { .options = o, .session = s };
     run_result result;
-    int *ids = NULL, failed = read_prompt(o, &prompt, error);
-    int empty = !failed && !prompt.n && m->config.bos >= 0;
-    int n = failed ? -1 : prompt_ids(m, &prompt, o->special, m->config.add_bos || empty, &ids, error);
-    failed = n < 0 ? -1 : n == 0 ? fail(error, "the prompt is empty, and this model has no BOS token to begin with") : 0;
+    int *ids = NULL, n = read_prompt(o, &prompt, error) ? -1 : tokens_of_prompt(s, o, &prompt, 0, &ids, error), failed = n < 0;
     if (!failed) {
         if ((out.live = !o->json) && !o->no_echo) {
             fwrite(prompt.data, 1, prompt.n, stdout);
@@ -6948,21 +6949,44 @@ struct request {
     int done;
 };
 
+static int take_digits(struct scanner *s)
+{
+    const char *start = s->at;
+    while (s->at < s->end && *s->at >= '0' && *s->at <= '9')
+        s->at++;
+    return (int)(s->at - start);
+}
+
+/* -12.5e+3, as JSON has it. */
+static int skip_number(struct scanner *s)
+{
+    s->at += s->at < s->end && *s->at == '-';
+    int zero = s->at < s->end && *s->at == '0', n = take_digits(s);
+    if (n == 0 || (zero && n > 1))
+        return 0;
+    if (s->at < s->end && *s->at == '.' && (s->at++, !take_digits(s)))
+        return 0;
+    if (s->at < s->end && (*s->at == 'e' || *s->at == 'E')) {
+        s->at++;
+        s->at += s->at < s->end && (*s->at == '+' || *s->at == '-');
+        return take_digits(s) > 0;
+    }
+    return 1;
+}
+
 /* One JSON value of any kind, at most 100 deep. 1 if there was one. */
 static int skip_value(struct scanner *s, int depth)
 {
+    static const char *const words[] = { "true", "false", "null" };
     skip_space(s);
     char c = s->at < s->end ? *s->at : '\0', close = c == '{' ? '}' : ']';
     if (c == '"')
         return take_string(s) != NULL;
-    if (c != '{' && c != '[') {
-        const char *start = s->at;
-        while (s->at < s->end && strchr("+-.0123456789Eaeflnrstu", *s->at) && *s->at)
-            s->at++;
-        size_t n = (size_t)(s->at - start);
-        return (n == 4 && (!memcmp(start, "true", 4) || !memcmp(start, "null", 4))) ||
-               (n == 5 && !memcmp(start, "false", 5)) || (n && strspn(start, "+-.0123456789Ee") >= n);
-    }
+    for (int i = 0; i < 3; i++)
+        if ((size_t)(s->end - s->at) >= strlen(words[i]) && !memcmp(s->at, words[i], strlen(words[i])))
+            return s->at += strlen(words[i]), 1;
+    if (c != '{' && c != '[')
+        return skip_number(s);
     if (depth == 100)
         return 0;
     s->at++;
@@ -6979,46 +7003,45 @@ static int skip_value(struct scanner *s, int depth)
    stands between the braces. */
 static int read_request(struct request *q, const char *line, size_t n, int number, run_error *error)
 {
+    static const char *const ours[] = { "prompt_ids", "ids", "text", "stop", "stats", "logprobs", "error" };
     char *strings = malloc(n + 1), *prompt = NULL;
+    const char *reserved = NULL;
     struct scanner s = { line, line + n, strings };
-    int bad = !strings || !take(&s, '{');
+    int good = strings && take(&s, '{');
     const char *first = s.at;
-    size_t length = 0;
-    while (!bad) {
+    for (size_t i = 0, length; i < n && good; i += length)
+        good = (length = (size_t)utf8_length((const unsigned char *)line + i, n - i)) > 0;
+    for (int more = 1; good && more; more = take(&s, ',')) {
         char *key = take_string(&s);
-        if (!key || !take(&s, ':')) {
-            bad = 1;
+        if (!(good = key && take(&s, ':')))
             break;
-        }
         skip_space(&s);
+        for (int i = 0; i < 7; i++)
+            reserved = strcmp(key, ours[i]) ? reserved : ours[i];
         if (!strcmp(key, "prompt")) {
-            bad = !(prompt = take_string(&s));
-            length = bad ? 0 : (size_t)(s.out - prompt) - 1;
+            good = (prompt = take_string(&s)) != NULL;
         } else {
             const char *value = s.at;
-            bad = !skip_value(&s, 0);
-            if (!strcmp(key, "chat") && !bad) {
-                q->chat = s.at - value == 4 && !memcmp(value, "true", 4);
-                bad = !q->chat && !(s.at - value == 5 && !memcmp(value, "false", 5));
+            good = skip_value(&s, 0);
+            if (good && !strcmp(key, "chat")) {
+                q->chat = *value == 't';
+                good = *value == 't' || *value == 'f';
             }
         }
-        if (!take(&s, ','))
-            break;
     }
     const char *end = s.at;
-    bad = bad || !take(&s, '}');
+    good = good && take(&s, '}') && prompt;
     skip_space(&s);
-    if (bad || !prompt || s.at != s.end) {
-        free(strings);
-        return fail(error, "line %d is not an object like {\"prompt\":\"...\",\"chat\":true}", number);
+    good = good && s.at == s.end;
+    if (good && !reserved) {
+        text_add(&q->prompt, prompt, strlen(prompt));
+        good = (q->line = malloc((size_t)(end - first) + 1)) && !q->prompt.broken;
+        if (good)
+            memcpy(q->line, first, (size_t)(end - first)), q->line[end - first] = '\0';
     }
-    text_add(&q->prompt, prompt, length);
     free(strings);
-    if (!(q->line = malloc((size_t)(end - first) + 1)) || q->prompt.broken)
-        return fail(error, "out of memory for line %d", number);
-    memcpy(q->line, first, (size_t)(end - first));
-    q->line[end - first] = '\0';
-    return 0;
+    return good && reserved ? fail(error, "line %d has a member \"%s\", as the results have: name it otherwise", number, reserved) :
+           !good ? fail(error, "line %d is not an object like {\"prompt\":\"...\",\"chat\":true} (in UTF-8, without \\u0000)", number) : 0;
 }
 
 struct batch {
@@ -7027,7 +7050,8 @@ struct batch {
     int n, next, written;           /* requests; the first not begun; the first whose result is not written */
     run_session *base;              /* of samples: the prompt has been read there */
     FILE *out;
-    int failures, passes, tokens;
+    int kept, failures, passes;
+    long long tokens;
 };
 
 struct slot {                       /* where one text at a time is generated */
@@ -7038,64 +7062,70 @@ struct slot {                       /* where one text at a time is generated */
     int *ids, n, request, busy;
 };
 
-/* The result's line: what came in, and what came out or what went wrong. */
+/* A result as text. */
+static void print_sample(struct text *t, const struct batch *b, const struct slot *slot, const char *problem)
+{
+    if (b->n > 1)
+        text_print(t, "--- %d\n", slot->request + 1);
+    if (problem)
+        text_print(t, "%s\n", problem);
+    if (slot->s->model->tokenizer)
+        text_add(t, slot->out.text.data ? slot->out.text.data : "", slot->out.text.n);
+    for (int i = 0; !slot->s->model->tokenizer && i < slot->out.n; i++)
+        text_print(t, " %d", slot->out.ids[i]);
+    text_print(t, "\n");
+}
+
+/* A result as a line of JSON: what came in, and what came out or what went wrong. */
+static void print_line(struct text *t, const struct request *q, const struct slot *slot, const char *problem)
+{
+    if (q->line)
+        text_print(t, "{%s,", q->line);
+    else
+        text_print(t, "{\"sample\":%d,", slot->request);
+    if (problem) {
+        text_print(t, "\"error\":");
+        text_json(t, problem, strlen(problem));
+    } else {
+        add_result(t, &slot->out, slot->ids, slot->n, &slot->g.r);
+    }
+    text_print(t, "}\n");
+}
+
 static void finish_slot(struct batch *b, struct slot *slot, const char *problem)
 {
     struct request *q = &b->requests[slot->request];
-    if (!b->o->json) {
-        text_print(&q->result, b->n > 1 ? "--- %d\n" : "%.0d", slot->request + 1);
-        if (problem)
-            text_print(&q->result, "%s\n", problem);
-        text_add(&q->result, slot->out.text.data ? slot->out.text.data : "", slot->out.text.n);
-        text_print(&q->result, "\n");
-        b->tokens += problem ? 0 : slot->g.r.tokens;
-        b->failures += problem != NULL;
-        goto done;
-    }
-    text_print(&q->result, "{");
-    if (q->line) {
-        text_add(&q->result, q->line, strlen(q->line));
-        text_print(&q->result, ",");
-    } else {
-        text_print(&q->result, "\"sample\":%d,", slot->request);
-    }
-    if (problem) {
-        text_print(&q->result, "\"error\":");
-        text_json(&q->result, problem, strlen(problem));
-        b->failures++;
-    } else {
-        b->tokens += slot->g.r.tokens;
-        slot->out.seconds = slot->g.r.seconds;
-        add_result(&q->result, &slot->out, slot->ids, slot->n, &slot->g.r);
-    }
-    text_print(&q->result, "}\n");
-done:
+    slot->out.seconds = slot->g.r.seconds;
+    if (b->o->json)
+        print_line(&q->result, q, slot, problem);
+    else
+        print_sample(&q->result, b, slot, problem);
+    b->tokens += problem ? 0 : slot->g.r.tokens;
+    b->failures += problem != NULL;
     q->done = 1;
     output_close(&slot->out);
     free(slot->ids);
     *slot = (struct slot){ .s = slot->s };
 }
 
-/* The tokens of a prompt, which may be a turn of a conversation: slot->ids. */
-static int prompt_of_request(struct slot *slot, const struct request *q, const struct options *o, run_error *error)
+/* The tokens of a prompt, which may be a turn of a conversation. Returns their number, or -1. */
+static int tokens_of_prompt(const run_session *s, const struct options *o, const struct text *prompt, int chat, int **ids,
+                            run_error *error)
 {
-    const run_model *m = slot->s->model;
+    const run_model *m = s->model;
     struct chat c = { .model = m };
-    int failed = 0;
-    if (!q->chat)
-        slot->n = prompt_ids(m, &q->prompt, o->special, m->config.add_bos || (!q->prompt.n && m->config.bos >= 0), &slot->ids, error);
-    else if (!run_text(m, "chat.user.before"))
-        failed = fail(error, "this model has no chat format");
-    else if ((failed = chat_begin(&c, m, o->system, error)) == 0) {
+    int n = -1;
+    if (!chat) {
+        n = prompt_ids(m, prompt, o->special, m->config.add_bos || (!prompt->n && m->config.bos >= 0), ids, error);
+    } else if (chat_begin(&c, m, o->system, error) == 0) {
         c.trusted = o->special;
-        failed = chat_add(&c, USER, q->prompt.data, q->prompt.n, error) || (slot->n = chat_ids(&c, &slot->ids, error)) < 0;
+        n = chat_add(&c, USER, prompt->data, prompt->n, error) ? -1 : chat_ids(&c, ids, error);
         chat_drop(&c, 0);
         free(c.messages);
     }
-    if (!failed && slot->n >= 0 && (slot->n < 1 || slot->n > slot->s->context))
-        failed = fail(error, slot->n ? "the prompt has %d tokens, the context %d positions" :
-                      "the prompt is empty, and this model has no BOS token to begin with", slot->n, slot->s->context);
-    return failed || slot->n < 0 ? -1 : 0;
+    if (n == 0)
+        return fail(error, "the prompt is empty, and this model has no BOS token to begin with");
+    return n <= s->context ? n : fail(error, "the prompt has %d tokens, the context only %d positions (-c)", n, s->context);
 }
 
 /* Reads the next prompt in and draws its first token. */
@@ -7119,9 +7149,11 @@ static void begin_slot(struct batch *b, struct slot *slot)
             failed = run_rewind(slot->s, slot->n - 1, &error) || run_eval(slot->s, slot->ids + slot->n - 1, 1, &error);
         }
     } else {
-        failed = prompt_of_request(slot, q, o, &error) || run_rewind(slot->s, 0, &error) ||
-                 run_eval(slot->s, slot->ids, slot->n, &error);
+        slot->n = tokens_of_prompt(slot->s, o, &q->prompt, q->chat, &slot->ids, &error);
+        failed = slot->n < 0 || run_rewind(slot->s, 0, &error) || read_in(slot->s, slot->ids, slot->n, &error);
     }
+    if (interrupted)
+        return;
     slot->out.prompt_tokens = slot->n;
     slot->out.prompt_seconds = seconds() - start;
     if (failed || generator_open(&slot->g, slot->s, &slot->how, &error)) {
@@ -7148,7 +7180,7 @@ static int run_batch(struct batch *b, struct slot *slots, int n, run_error *erro
             if (slots[i].busy)
                 active[n_active++] = &slots[i].g;
         }
-        for (; b->written < b->n && b->requests[b->written].done; b->written++) {
+        for (; b->written < b->n && b->requests[b->written].done && !interrupted; b->written++) {
             struct text *t = &b->requests[b->written].result;
             if (t->broken || fwrite(t->data, 1, t->n, b->out) != t->n || fflush(b->out))
                 return fail(error, t->broken ? "out of memory" : "cannot write a result: %s", strerror(errno));
@@ -7159,24 +7191,45 @@ static int run_batch(struct batch *b, struct slot *slots, int n, run_error *erro
         }
         if (!n_active)
             continue;
-        if (advance(active, n_active, error))
-            return -1;                  /* a damaged model, which would fail for all */
+        run_error why = { "" };
+        int failed = advance(active, n_active, &why);
         b->passes++;
         for (int i = 0; i < n; i++) {
-            run_error why = { "" };
+            struct generator *g = &slots[i].g;
             if (!slots[i].busy)
                 continue;
-            draw_on(&slots[i].g, &why);
-            if (slots[i].g.failed || slots[i].g.done) {
-                slots[i].g.r.seconds = seconds() - slots[i].g.began;
-                generator_close(&slots[i].g);
-                finish_slot(b, &slots[i], slots[i].g.failed ? why.text : NULL);
+            if (failed && n_active > 1) { /* which of them was it? */
+                g->failed = 0;
+                advance(&g, 1, &why);
+                b->passes++;
+            }
+            if (!g->failed)
+                draw_on(g, &why);
+            if (g->failed || g->done) {
+                g->r.seconds = seconds() - g->began;
+                generator_close(g);
+                finish_slot(b, &slots[i], g->failed ? why.text : NULL);
             }
         }
     }
     if (isatty(2))
         fprintf(stderr, "\r%40s\r", "");
     return interrupted ? fail(error, "interrupted: %d of %d results are written", b->written, b->n) : 0;
+}
+
+/* Whether a line [n] without its end is the result of a request, as far as it goes; *failed: an error. */
+static int is_result(const char *line, size_t n, int whole, const struct request *q, int *failed)
+{
+    size_t length = strlen(q->line), given = n < length + 2 ? n : length + 2;
+    char *start = malloc(length + 3), *strings = malloc(n + 1);
+    struct scanner s = { line, line + n, strings };
+    int same = start && strings && snprintf(start, length + 3, "{%s,", q->line) && !memcmp(line, start, given);
+    if (same && whole)
+        same = n > length + 2 && skip_value(&s, 0) && s.at == s.end;
+    *failed = same && whole && n > length + 10 && !memcmp(line + length + 2, "\"error\":", 8);
+    free(start);
+    free(strings);
+    return same;
 }
 
 /* Lines that an interrupted run has left in the output file are kept, if they answer the same
@@ -7192,21 +7245,25 @@ static int resume(struct batch *b, const char *path, run_error *error)
         if (bad)
             return free(old.data), fail(error, "cannot read %.200s", path);
     }
-    for (char *end; at < old.n && (end = memchr(old.data + at, '\n', old.n - at)) && b->written < b->n; b->written++) {
-        const char *line = b->requests[b->written].line;
-        if (old.data[at] != '{' || strncmp(old.data + at + 1, line, strlen(line)) || old.data[at + 1 + strlen(line)] != ',') {
+    while (at < old.n) {
+        const char *end = memchr(old.data + at, '\n', old.n - at);
+        size_t n = end ? (size_t)(end - old.data) - at : old.n - at;
+        int failed = 0;
+        if (b->written == b->n || !is_result(old.data + at, n, end != NULL, &b->requests[b->written], &failed)) {
             free(old.data);
             return fail(error, "%.200s holds something else than results of these prompts; remove it or name another file", path);
         }
-        at = (size_t)(end - old.data) + 1;
-    }
-    if (b->written == b->n && at < old.n) {
-        free(old.data);
-        return fail(error, "%.200s holds more than results of these prompts; remove it or name another file", path);
+        if (!end)
+            break;
+        at += n + 1;
+        b->written++;
+        b->failures += failed;
     }
     free(old.data);
-    b->next = b->written;
-    if (!(b->out = fopen(path, at ? "rb+" : "wb")) || ftruncate(fileno(b->out), (off_t)at) || fseek(b->out, 0, SEEK_END))
+    b->next = b->kept = b->written;
+    struct stat status;
+    if (!(b->out = fopen(path, at ? "rb+" : "wb")) || fstat(fileno(b->out), &status) ||
+        (S_ISREG(status.st_mode) && (ftruncate(fileno(b->out), (off_t)at) || fseek(b->out, 0, SEEK_END))))
         return fail(error, "cannot write %.200s: %s", path, strerror(errno));
     return 0;
 }
@@ -7215,7 +7272,7 @@ static int resume(struct batch *b, const char *path, run_error *error)
 static int read_requests(struct batch *b, const struct text *file, enum mode mode, run_error *error)
 {
     int number = 0;
-    for (size_t at = 0; at < file->n;) {
+    for (size_t at = file->n >= 3 && !memcmp(file->data, "\xef\xbb\xbf", 3) ? 3 : 0; at < file->n;) { /* after a byte order mark */
         const char *line = file->data + at, *end = memchr(line, '\n', file->n - at);
         size_t n = end ? (size_t)(end - line) : file->n - at;
         at += n + 1;
@@ -7224,6 +7281,7 @@ static int read_requests(struct batch *b, const struct text *file, enum mode mod
             continue;
         struct request q = { .chat = mode == CHAT };
         if (read_request(&q, line, n, number, error) || grow(&b->requests, b->n, sizeof *b->requests)) {
+            free(q.line);
             free(q.prompt.data);
             return -1;
         }
@@ -7242,19 +7300,20 @@ static int mode_batch(const struct options *o, run_session *s, enum mode mode, r
     struct batch b = { .o = o, .out = stdout };
     struct slot slots[LOGIT_ROWS] = { 0 };
     struct text prompt = { 0 };
-    struct output out = { .options = o, .session = s };
     int failed = read_prompt(o, &prompt, error), n_slots = 0;
     double start = seconds();
     interrupted = 0;
     if (!failed && !o->samples) {
         failed = read_requests(&b, &prompt, mode, error) || (o->output && resume(&b, o->output, error));
     } else if (!failed) {
-        struct slot first = { .s = s, .how = generation_of(o, &out, 0) };
-        struct request q = { .prompt = prompt, .chat = mode == CHAT };
-        failed = prompt_of_request(&first, &q, o, error) || read_in(s, first.ids, first.n, error) ||
-                 !(b.requests = calloc((size_t)o->samples, sizeof *b.requests));
-        free(first.ids);
+        int *ids = NULL, n = tokens_of_prompt(s, o, &prompt, mode == CHAT, &ids, error);
+        failed = n < 0 || read_in(s, ids, n, error);
+        if (!failed && !(b.requests = calloc((size_t)o->samples, sizeof *b.requests)))
+            failed = fail(error, "out of memory for %d samples", o->samples);
+        free(ids);
         b.n = failed ? 0 : o->samples;
+        for (int i = 0; i < b.n; i++)
+            b.requests[i].chat = mode == CHAT;
         b.base = s;
     }
     size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 2, each = cache_bytes(s->model, s->context, s->cache_f32);
@@ -7264,8 +7323,15 @@ static int mode_batch(const struct options *o, run_session *s, enum mode mode, r
             failed = -1;
     }
     failed = failed || run_batch(&b, slots, n_slots, error);
-    if (!failed)
-        fprintf(stderr, "%d results, %d tokens in %d passes, %.1f tok/s\n", b.n, b.tokens, b.passes, rate(b.tokens, seconds() - start));
+    if (!failed) {
+        if (b.kept)
+            fprintf(stderr, "%d results of an earlier run kept; ", b.kept);
+        fprintf(stderr, "%d results, %lld tokens in %d passes, %.1f tok/s; %d failed", b.n - b.kept, b.tokens, b.passes,
+                (double)b.tokens / (seconds() - start), b.failures);
+        if (o->sampling.temperature > 0)
+            fprintf(stderr, "; seed %llu", (unsigned long long)o->sampling.seed);
+        fprintf(stderr, "\n");
+    }
     for (int i = 0; i < n_slots; i++) {
         if (slots[i].busy)
             generator_close(&slots[i].g);
@@ -8005,7 +8071,9 @@ static void check_options(const struct options *o, enum mode mode)
         { o->output != NULL, mode == QUANTIZE || is_batch(o, mode), "-o", "quantize and files of prompts (-f NAME.jsonl --json)" },
         { o->shards, is_batch(o, mode), "--shard", "files of prompts (-f NAME.jsonl --json)" },
         { o->samples, (mode == GENERATE || mode == CHAT) && !is_batch(o, mode), "--samples", "one prompt in generate and chat" },
-        { o->corpus != NULL, mode == GENERATE || mode == CHAT, "--draft-corpus", "generate and chat" },
+        { o->corpus != NULL, (mode == GENERATE || mode == CHAT) && !is_batch(o, mode) && !o->samples, "--draft-corpus",
+          "one text in generate and chat" },
+        { o->draft_text != NULL, mode == GENERATE || mode == CHAT, "--draft", "generate and chat" },
         { o->type, mode == QUANTIZE, "--type", "quantize" },
         { o->bits > 0, mode == QUANTIZE, "--bits", "quantize" },
         { o->verify, mode == INFO, "--verify", "info" },
@@ -8018,6 +8086,9 @@ static void check_options(const struct options *o, enum mode mode)
             wrong_usage("%s is for %s, and this is %s", rules[i].name, rules[i].where, mode_names[mode]);
     if (o->logprobs >= 0 && !o->json)
         wrong_usage("--logprobs needs --json");
+    size_t n = o->prompt_file ? strlen(o->prompt_file) : 0;
+    if (n > 6 && !strcmp(o->prompt_file + n - 6, ".jsonl") && !o->json && (mode == GENERATE || mode == CHAT))
+        fprintf(stderr, "run: %s is read as one prompt; with --json each of its lines is one\n", o->prompt_file);
 }
 
 /* Whether a file is a model, and not draft heads or anything else. */

@@ -11,7 +11,7 @@ STAGE is one of these, in this order; each leaves its result in FOLDER and goes 
     train     head.pt, log.tsv: the head, trained against the trunk's own distribution
     write     the head file
 
-or `all`; `check` compares the trunk in PyTorch with ./run. Needs PyTorch and numpy, uses a GPU if there is one.
+or `all`. Needs a C compiler, PyTorch and numpy; uses a GPU if there is one.
 models/README.md has the settings of the shipped heads.
 """
 import argparse
@@ -152,7 +152,7 @@ def stage_answers(o):
 
 
 
-# ---------------------------------------------------------------- 3. states: the trunk, in PyTorch
+# ---------------------------------------------------------------- 3. states
 
 def read_model(path, work):
     """Metadata and float tensors of a model file; packed matrices are unpacked by ./run first."""
@@ -196,38 +196,21 @@ def rotate(x, cos, sin, interleaved):
 
 
 class Trunk:
-    """A plain forward pass over the tensors of a model file."""
+    """What a head shares with the model that it drafts for: shapes, embedding, output matrix."""
 
     def __init__(self, path, work, device):
-        meta, self.w = read_model(path, work)
+        self.meta, self.w = meta, w = read_model(path, work)
         number = lambda key, otherwise: float(meta.get(key, otherwise))
-        self.meta, self.device = meta, device
-        self.w = {name: tensor.to(device) for name, tensor in self.w.items()}
+        self.device = device
+        self.w = {name: w[name].to(device) for name in ("token_embd.weight", "output.weight", "output_norm.weight") if name in w}
         self.dim, self.layers, self.heads = int(meta["dim"]), int(meta["n_layers"]), int(meta["n_heads"])
         self.kv_heads, self.vocab = int(meta.get("n_kv_heads", self.heads)), int(meta["vocab_size"])
         self.size = int(meta.get("head_dim", self.dim // self.heads))
-        self.eps, self.pairs = number("norm.eps", 1e-5), int(meta.get("rope.dims", self.size)) // 2
-        self.scale = number("attention.scale", self.size ** -0.5)
-        self.cap, self.logit_cap = number("attention.soft_cap", 0), number("logit.soft_cap", 0)
+        self.weights = sum(t.numel() for name, t in w.items() if name.startswith("blk."))
+        self.logit_cap = number("logit.soft_cap", 0)
         self.embedding_scale, self.logit_scale = number("embedding.scale", 1), number("logit.scale", 1)
-        self.window = int(meta.get("window", 0))
-        self.windowed = [int(i) for i in meta["window.layers"].split()] if "window.layers" in meta else range(self.layers)
-        self.activation = meta.get("activation", "silu")
         self.output = self.w.get("output.weight", self.w["token_embd.weight"])
         self.eos = [int(i) for i in meta.get("token.eos", "").split()]
-
-    def angles(self, n):
-        pairs = torch.arange(self.pairs, dtype=torch.float64)
-        speed = self.w.get("rope.freqs")
-        if speed is None:
-            speed = float(self.meta.get("rope.base", 10000)) ** (-pairs / self.pairs)
-        speed = speed.double().cpu()
-        angles = torch.arange(n, dtype=torch.float64)[:, None] * speed
-        factor = float(self.meta.get("rope.attention_factor", 1))
-        return [(turn * factor).float().to(self.device) for turn in (angles.cos(), angles.sin())]
-
-    def linear(self, name, x):
-        return torch.nn.functional.linear(x, self.w[name + ".weight"], self.w.get(name + ".bias"))
 
     def embed(self, ids):
         return self.w["token_embd.weight"][ids] * self.embedding_scale
@@ -235,46 +218,6 @@ class Trunk:
     def logits(self, h, rows=None):
         z = h @ (self.output if rows is None else rows).T * self.logit_scale
         return self.logit_cap * (z / self.logit_cap).tanh() if self.logit_cap else z
-
-    def states(self, ids):
-        """ids [batch, tokens] to the final normed states [batch, tokens, dim]."""
-        f, w, eps = torch.nn.functional, self.w, self.eps
-        act = {"silu": f.silu, "gelu": f.gelu,
-               "gelu_tanh": lambda g: f.gelu(g, approximate="tanh")}[self.activation]
-        batch, n = ids.shape
-        cos, sin = self.angles(n)
-        interleaved = self.meta.get("rope.pairing") == "interleaved"
-        distance = torch.arange(n, device=self.device)[:, None] - torch.arange(n, device=self.device)
-        x = self.embed(ids)
-        for i in range(self.layers):
-            b = "blk.%d." % i
-            split = lambda t, heads: t.view(batch, n, heads, self.size).transpose(1, 2)
-            y = rms(x, w[b + "attn_norm.weight"], eps)
-            q, k, v = (split(self.linear(b + "attn_" + c, y), heads)
-                       for c, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)))
-            if b + "attn_q_norm.weight" in w:
-                q, k = rms(q, w[b + "attn_q_norm.weight"], eps), rms(k, w[b + "attn_k_norm.weight"], eps)
-            q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-            seen = distance >= 0
-            if self.window and i in self.windowed:
-                seen = seen & (distance < self.window)
-            if self.cap:
-                scores = self.cap * ((q @ k.transpose(-1, -2)) * self.scale / self.cap).tanh()
-                y = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
-            else:
-                y = f.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale)
-            y = self.linear(b + "attn_output", y.transpose(1, 2).reshape(batch, n, -1))
-            if b + "post_attention_norm.weight" in w:
-                y = rms(y, w[b + "post_attention_norm.weight"], eps)
-            x = x + y
-            y = rms(x, w[b + "ffn_norm.weight"], eps)
-            y = act(self.linear(b + "ffn_gate", y)) * self.linear(b + "ffn_up", y)
-            y = self.linear(b + "ffn_down", y)
-            if b + "post_ffw_norm.weight" in w:
-                y = rms(y, w[b + "post_ffw_norm.weight"], eps)
-            x = x + y
-        return rms(x, w["output_norm.weight"], eps)
 
 
 def device_of(o):
@@ -288,10 +231,29 @@ def held_out(line):
     return zlib.crc32(line["prompt"].encode()) % 16 == 0
 
 
+def compile_states(o):
+    program, source = os.path.join(o.work, "states"), os.path.join(ROOT, "models", "states.c")
+    command = [os.environ.get("CC", "cc"), "-O3", "-ffp-contract=off", "-std=gnu11", "-Wno-psabi", "-pthread", source,
+               "-o", program + ".part", "-lm"]
+    if not os.path.exists(program):
+        subprocess.run(command, check=True)
+        os.rename(program + ".part", program)
+    return program
+
+
+def states_of(o, program, dim, sequences):
+    """The trunk's final normed states and logarithms of sums of exponentiated logits, of lists of ids."""
+    given = b"".join(struct.pack("<%di" % (1 + len(ids)), len(ids), *ids) for ids in sequences)
+    done = subprocess.run([program, o.model, str(o.threads), str(o.length)], input=given, stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit("train_heads.py: states failed")
+    rows = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32).view(-1, dim + 1)
+    return rows[:, :dim].split([len(ids) for ids in sequences]), rows[:, dim].split([len(ids) for ids in sequences])
+
+
 def stage_states(o):
     """Every answer that is not yet done, sixteen to a file: ids, states and what the trunk says."""
-    trunk, began = Trunk(o.model, o.work, device_of(o)), time.time()
-    tasks, tokens = [], 0
+    trunk, program, began, tasks, tokens = Trunk(o.model, o.work, "cpu"), compile_states(o), time.time(), [], 0
     for folder, name, lines in answers_of(o):
         stem = "states-%s-%08x-" % (name[8:-6], zlib.crc32(folder.encode()) if folder != o.work else 0)
         greedy = o.temperatures[int(name[8:-6])] == 0
@@ -301,47 +263,24 @@ def stage_states(o):
         old = [f for f in os.listdir(o.work) if f.startswith(mine) and f.endswith(".pt")]
         if "%s%06d.pt" % (mine, end) in old or (o.shard and number % o.shard[1] != o.shard[0] - 1):
             continue
-        part = sorted((line for line in lines if "ids" in line),
-                      key=lambda line: len(line["prompt_ids"]) + len(line["ids"]))
+        lines = [line for line in lines if "ids" in line]
+        ids = [(line["prompt_ids"] + line["ids"])[:o.length] for line in lines]
         sequences = []
-        for at in range(0, len(part), 8):
-            some = part[at:at + 8]
-            ids = [(line["prompt_ids"] + line["ids"])[:o.length] for line in some]
-            padded = torch.zeros(len(some), max(map(len, ids)), dtype=torch.long)
-            for i, row in enumerate(ids):
-                padded[i, :len(row)] = torch.tensor(row)
-            with torch.no_grad():
-                h = trunk.states(padded.to(trunk.device))
-                for i, (row, line) in enumerate(zip(ids, some)):
-                    z = trunk.logits(h[i, :len(row)])
-                    if line["stop"] == "eos" and len(row) < o.length:     # the end, too, may be proposed
-                        row = row + [max(trunk.eos, key=lambda e: z[-1, e].item())]
-                    sequences.append({
-                        "ids": torch.tensor(row, dtype=torch.int32), "states": h[i, :len(z)].bfloat16().cpu(),
-                        "total": z.logsumexp(-1).cpu(), "prompt": len(line["prompt_ids"]),
-                        "held_out": held_out(line), "greedy": greedy, "source": line.get("source", "")})
-                    tokens += len(z)
+        for line, row, h, total in zip(lines, ids, *states_of(o, program, trunk.dim, ids)):
+            if line["stop"] == "eos" and len(row) < o.length:         # the end, too, may be proposed
+                last = trunk.logits(h[-1])
+                row = row + [max(trunk.eos, key=lambda e: last[e].item())]
+            sequences.append({
+                "ids": torch.tensor(row, dtype=torch.int32), "states": h.bfloat16(), "total": total.clone(),
+                "prompt": len(line["prompt_ids"]), "held_out": held_out(line), "greedy": greedy,
+                "source": line.get("source", "")})
+            tokens += len(h)
         path = os.path.join(o.work, "%s%06d.pt" % (mine, end))
         torch.save(sequences, path + ".part")
         os.rename(path + ".part", path)
         for f in old:           # a shorter portion, made when there were fewer answers
             os.remove(os.path.join(o.work, f))
         say("%s: %d tokens, %.0f tok/s" % (path, tokens, tokens / (time.time() - began)))
-
-
-def stage_check(o):
-    """The trunk here against ./run: the log-probabilities of a greedy answer."""
-    trunk = Trunk(o.model, o.work, device_of(o))
-    line = json.loads(run(o.model, ["-m", "generate", "--json", "-i", "Once upon a time", "-n", 60, "-t", 0,
-                                    "--logprobs", 5, "--draft", "off", "--kv", "f32", "-j", 1]))
-    ids = line["prompt_ids"] + line["ids"]
-    with torch.no_grad():
-        mine = trunk.logits(trunk.states(torch.tensor([ids]).to(trunk.device)))[0].log_softmax(-1).cpu()
-    mine = mine[len(line["prompt_ids"]) - 1:-1].gather(1, torch.tensor(line["ids"])[:, None])[:, 0]
-    theirs = torch.tensor([t["logprob"] for t in line["logprobs"]])
-    say("log-probabilities of %d tokens: largest difference %.5f, mean %.5f" %
-        (len(mine), (mine - theirs).abs().max(), (mine - theirs).abs().mean()))
-
 
 
 # ---------------------------------------------------------------- 4. train
@@ -601,9 +540,8 @@ def stage_train(o):
         muon.moments = old["muon"]
         adam.load_state_dict(old["adam"])
     size = sum(w.numel() for w in head.parameters())
-    layers = sum(t.numel() for name, t in trunk.w.items() if name.startswith("blk."))
     say("head of %d weights (%.1f %% of the trunk's layers), %d output rows" %
-        (size, 100 * size / layers, len(tokens_of_row)))
+        (size, 100 * size / trunk.weights, len(tokens_of_row)))
     queue, began, spent, shown = [], time.time(), state["seconds"], 0.0
     greedy, drawn = [s for s in test if s["greedy"]], [s for s in test if not s["greedy"]]
 
@@ -719,7 +657,7 @@ def stage_write(o):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("stage", choices=["prompts", "answers", "check", "states", "train", "write", "all"])
+    p.add_argument("stage", choices=["prompts", "answers", "states", "train", "write", "all"])
     p.add_argument("model", help="the trunk: a model file of run.c, packed or not")
     p.add_argument("--work", required=True, help="folder for everything in between")
     p.add_argument("--threads", type=int, default=2)
