@@ -25,6 +25,7 @@ import base64
 import functools
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import keyword
@@ -52,9 +53,13 @@ class Refused(Exception):
     """What the exporter cannot do, as a sentence."""
 
 
+def refuse(when, sentence, *values):
+    if when:
+        raise Refused(sentence % values)
+
+
 def check(good, where, sentence, *values):
-    if not good:
-        raise Refused("%s: %s" % (where, sentence % values))
+    refuse(not good, "%s: " + sentence, where, *values)
 
 
 # ---- Readers -------------------------------------------------------------------------------------
@@ -65,6 +70,7 @@ CHUNK = 1 << 20                                         # bytes that are copied 
 HEADER_LIMIT = 100 << 20                                # JSON in front of a safetensors file
 PLAIN = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # weights and bytes of a block
 INTEGERS = {"I64": (1, 8), "I32": (1, 4), "BOOL": (1, 1)}
+NUMBERS = {**PLAIN, **INTEGERS}
 BLOCKS = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
           "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
           "IQ4_NL": (32, 18), "IQ4_XS": (256, 136)}
@@ -105,18 +111,19 @@ class Tensor:
 
     def __init__(self, name, kind, shape, file=None, at=0, block=None, data=b"", parts=None):
         self.name, self.kind, self.shape, self.block = name, kind, tuple(shape), block
-        self.file, self.at, self.data = file, at, data
+        self.file, self.at = file or io.BytesIO(data), at
         self.size = math.prod(shape) // block[0] * block[1] if block else len(data)
         self.raw = block is not None and block[0] > 1   # quantised: ./run must pack it
         self.parts = parts or [(0, self.size)]          # the bytes of a tensor that is part of another one
 
-    def chunks(self, most=CHUNK):
+    def chunks(self, most=0):
         for begin, end in self.parts:
-            for at in range(begin, end, most):
-                n = min(most, end - at)
-                if self.file:
-                    self.file.seek(self.at + at)
-                yield self.file.read(n) if self.file else self.data[at:at + n]
+            for at in range(begin, end, most or CHUNK):
+                self.file.seek(self.at + at)
+                yield self.file.read(min(most or CHUNK, end - at))
+
+    def bytes(self):
+        return b"".join(self.chunks())
 
     def part(self, name, rows, first, columns):
         """Some rows and columns of this matrix."""
@@ -124,34 +131,33 @@ class Tensor:
         check(first % size == 0 and columns % size == 0, self.name,
               "cut at column %d, inside a block of %s", first or columns, self.kind)
         row, begin, n = (x // size * width for x in (self.shape[1], first, columns))
-        return Tensor(name, self.kind, (len(rows), columns), self.file, self.at, self.block, self.data,
-                      [(i * row + begin, i * row + begin + n) for i in rows])
+        return Tensor(name, self.kind, (len(rows), columns), self.file, self.at, self.block,
+                      parts=[(i * row + begin, i * row + begin + n) for i in rows])
 
-    def as_f32(self, plus=0):
-        """This vector in float32, with a number added."""
+    def numbers(self):
         check(self.kind in PLAIN, self.name, "a vector of type %s; known: %s", self.kind, " ".join(PLAIN))
-        data = widened(self.kind, b"".join(self.chunks()))
-        if plus:
-            form = "<%df" % self.shape
-            data = struct.pack(form, *(x + plus for x in struct.unpack(form, data)))
-        return Tensor(self.name, "F32", self.shape, data=data)
+        return floats(self.kind, self.bytes())
+
+    def as_f32(self):
+        return self if self.kind == "F32" else f32_tensor(self.name, self.numbers())
 
     def as_ints(self):
         check(self.kind in INTEGERS and len(self.shape) == 1, self.name, "a list of integers was expected")
-        form = "<%d%s" % (self.shape[0], {"I64": "q", "I32": "i", "BOOL": "?"}[self.kind])
-        return list(struct.unpack(form, b"".join(self.chunks())))
+        code = {"I64": "q", "I32": "i", "BOOL": "?"}[self.kind]
+        return list(struct.unpack("<%d%s" % (*self.shape, code), self.bytes()))
 
 
-def widened(kind, data):
-    """Numbers of a plain type in float32."""
-    if kind == "F16":
-        n = len(data) // 2
-        return struct.pack("<%df" % n, *struct.unpack("<%de" % n, data))
+def f32_tensor(name, values):
+    return Tensor(name, "F32", (len(values),), data=struct.pack("<%df" % len(values), *values))
+
+
+def floats(kind, data):
+    """Numbers of a plain type."""
     if kind == "BF16":                                  # the upper half of a float32
         wide = bytearray(2 * len(data))
         wide[2::4], wide[3::4] = data[::2], data[1::2]
-        return bytes(wide)
-    return data
+        data = bytes(wide)
+    return struct.unpack("<%d%s" % (len(data) // (2 if kind == "F16" else 4), "e" if kind == "F16" else "f"), data)
 
 
 def is_copy(a, b):
@@ -160,12 +166,9 @@ def is_copy(a, b):
         return None
     if a.shape != b.shape or a.kind == b.kind:
         return a.shape == b.shape and all(x == y for x, y in zip(a.chunks(), b.chunks()))
-    for pair in zip(*(t.chunks(t.block[1] << 16) for t in (a, b))):
-        x, y = (widened(t.kind, data) for t, data in zip((a, b), pair))
-        numbers = () if x == y else zip(*(struct.unpack("<%df" % (len(x) // 4), data) for data in (x, y)))
-        if any(abs(p - q) > abs(p) / 256 + 2.0 ** -24 for p, q in numbers):
-            return False
-    return True
+    pairs = zip(*(t.chunks(t.block[1] << 16) for t in (a, b)))
+    return not any(abs(p - q) > abs(p) / 256 + 2.0 ** -24 for x, y in pairs
+                   for p, q in zip(floats(a.kind, x), floats(b.kind, y)))
 
 
 def is_int(value, low, high):
@@ -179,19 +182,17 @@ def is_ints(values, high):
 def parse_json(data, what):
     """JSON without its traps: names that occur twice, NaN, endless numbers, deep nesting."""
     def once(pairs):
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a name occurs twice in one object")
+        check(len(dict(pairs)) == len(pairs), what, "a name occurs twice in one object")
         return dict(pairs)
 
     def whole(text):
-        if len(text) > 400:
-            raise ValueError("a number of %d digits" % len(text))
+        check(len(text) <= 400, what, "a number of %d digits", len(text))
         return int(text)
 
-    def no_number(text):
-        raise ValueError("%s is no number of JSON" % text)
+    def constant(text):
+        refuse(True, "%s: %s is no number of JSON", what, text)
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole, parse_constant=no_number)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole, parse_constant=constant)
     except (ValueError, RecursionError) as error:       # also UnicodeDecodeError, JSONDecodeError
         raise Refused("%s: not valid JSON, or nested too deeply: %s" % (what, error))
 
@@ -224,11 +225,10 @@ def read_safetensors(path, tensors):
               and is_ints(span, room) and len(span) == 2 and span[0] <= span[1], path,
               "tensor %s has no valid dtype, shape and offsets in a file of %d bytes", name, file.size)
         check(name not in tensors, path, "tensor %s occurs in two files", name)
-        block = PLAIN.get(kind) or INTEGERS.get(kind)
-        t = tensors[name] = Tensor(name, kind, shape, file, start + span[0], block)
+        t = tensors[name] = Tensor(name, kind, shape, file, start + span[0], NUMBERS.get(kind))
         check(not t.block or t.size == span[1] - span[0], path, "tensor %s, %s %s, has %d bytes",
               name, kind, shape, span[1] - span[0])
-        spans.append((span[0], span[1], name))
+        spans.append((*span, name))
     end = 0
     for begin, after, name in sorted(spans) + [(room, room, "the end of the file")]:
         check(begin == end, path, "%s begins at %d, where %d was expected", name, begin, end)
@@ -239,12 +239,11 @@ def read_safetensors(path, tensors):
 def shard_names(index):
     """The files that model.safetensors.index.json names; no name may lead out of its folder."""
     table = read_json(index).get("weight_map")
-    files = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
-    for name in files:
-        check(re.match(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors\Z", name), index,
+    check(table and isinstance(table, dict), index, "no weight_map")
+    for name in table.values():
+        check(re.match(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors\Z", str(name)), index,
               "%s is no name of a file in its folder", short(name))
-    check(files, index, "no weight_map")
-    return files
+    return sorted(set(table.values()))
 
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError,
@@ -265,11 +264,13 @@ def follow_pickle(data, path, storage, tensor):
     stack, memo, mark = [], {}, object()
     constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": mark}
 
-    def after_mark():
+    def popped(count):
+        """The last values, in their order; count 0: those after the mark."""
         items = []
-        while stack[-1] is not mark:
+        while len(items) < count if count else stack[-1] is not mark:
             items.append(stack.pop())
-        stack.pop()
+        if not count:
+            stack.pop()
         return items[::-1]
 
     for op, value, at in pickletools.genops(data):
@@ -279,8 +280,8 @@ def follow_pickle(data, path, storage, tensor):
         elif name in ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"):
             stack.append(value)
         elif name == "GLOBAL":
-            check(value in STORAGES or value in (ORDERED_DICT, REBUILD), path, "its pickle wants %s, which "
-                  "is no part of a list of tensors; nothing of it was run", short(value))
+            check(value in (*STORAGES, ORDERED_DICT, REBUILD), path,
+                  "its pickle wants %s, which is no part of a list of tensors; nothing of it was run", short(value))
             stack.append(Global(value))
         elif name == "EMPTY_DICT":
             stack.append({})
@@ -289,26 +290,25 @@ def follow_pickle(data, path, storage, tensor):
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[value])
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(name[5:] or 0)
-            stack.append(tuple([stack.pop() for _ in range(n)][::-1] if n else after_mark()))
+            stack.append(tuple(popped(int(name[5:] or 0))))
         elif name == "BINPERSID":
             stack.append(storage(*stack.pop()))
         elif name == "REDUCE":
-            values, what = stack.pop(), stack.pop()
-            if type(what) is not Global or what != REBUILD and (what != ORDERED_DICT or values != ()):
-                raise ValueError("a call of something else at %d" % at)
+            what, values = popped(2)
+            check(type(what) is Global and (what == REBUILD or what == ORDERED_DICT and values == ()), path,
+                  "its pickle has a call of something else at %d", at)
             stack.append(tensor(*values) if what == REBUILD else {})
         elif name in ("SETITEM", "SETITEMS"):
-            items = after_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
-            if not all(type(key) is str for key in items[::2]) or len(items) % 2:
-                raise ValueError("keys that are no texts at %d" % at)
+            items = popped(0 if name == "SETITEMS" else 2)
+            check(all(type(key) is str for key in items[::2]) and len(items) % 2 == 0, path,
+                  "its pickle has keys that are no texts at %d", at)
             stack[-1].update(zip(items[::2], items[1::2]))
         elif name == "BUILD":                           # attributes of the dictionary below it
             stack.pop()
         elif name == "STOP":
             return stack.pop()
-        elif name != "PROTO":
-            raise ValueError("the operation %s at %d" % (name, at))
+        else:
+            check(name == "PROTO", path, "its pickle has the operation %s at %d", name, at)
 
 
 def read_torch(path, tensors):
@@ -317,7 +317,7 @@ def read_torch(path, tensors):
     file, members = File(path), {}
 
     def place(name):
-        """Where a member's bytes are, and how many."""
+        """Goes to the bytes of a member; returns how many there are."""
         info = members.get(name)
         check(info, path, "no %s in it", short(name))
         check(0 <= info.header_offset <= file.size and info.compress_type == zipfile.ZIP_STORED
@@ -325,26 +325,24 @@ def read_torch(path, tensors):
               "%s is compressed, encrypted or not there", short(name))
         file.seek(info.header_offset)
         magic, name_size, extra_size = file.unpack("4s22xHH")
-        at = file.at + name_size + extra_size
-        check(magic == b"PK\3\4" and info.file_size <= file.size - at, path, "%s does not fit into the file: "
-              "it may be incomplete", short(name))
-        return at, info.file_size
+        file.seek(file.at + name_size + extra_size)
+        check(magic == b"PK\3\4" and info.file_size <= file.size - file.at, path,
+              "%s does not fit into the file: it may be incomplete", short(name))
+        return info.file_size
 
     def storage(tag, kind, key, _, n):
-        if tag != "storage" or type(kind) is not Global or kind not in STORAGES or type(key) is not str:
-            raise ValueError("a storage of an unknown kind")
-        block = INTEGERS.get(STORAGES[kind]) or PLAIN[STORAGES[kind]]
-        at, size = place(root + "data/" + key)
-        check(is_int(n, 0, size) and n * block[1] == size, path, "a storage of %s weights has %d bytes",
-              short(n) if is_int(n, 0, 1 << 62) else "unknown many", size)
-        return Tensor("", STORAGES[kind], (n,), file, at, block)
+        check(tag == "storage" and type(kind) is Global and kind in STORAGES and type(key) is str, path,
+              "a storage of an unknown kind")
+        size, block = place(root + "data/" + key), NUMBERS[STORAGES[kind]]
+        check(is_int(n, 0, size) and n * block[1] == size, path,
+              "a storage has %d bytes, not those of the weights it is listed with", size)
+        return Tensor("", STORAGES[kind], (n,), file, file.at, block)
 
     def tensor(where, first, shape, strides, *_):
-        n = where.size // where.block[1]
-        if not (is_ints(list(shape), 1 << 48) and is_ints(list(strides), 1 << 48) and len(shape) <= 8
-                and len(strides) == len(shape) and is_int(first, 0, n) and math.prod(shape) <= n - first):
-            raise ValueError("a tensor that does not lie within its storage")
-        step = 1
+        n, step = where.size // where.block[1], 1
+        check(is_ints(list(shape), 1 << 48) and is_ints(list(strides), 1 << 48) and len(shape) <= 8
+              and len(strides) == len(shape) and is_int(first, 0, n) and math.prod(shape) <= n - first, path,
+              "a tensor that does not lie within its storage")
         for size, stride in list(zip(shape, strides))[::-1]:
             check(stride == step or size <= 1, path, "a tensor of shape %s that is stored in another order: "
                   "save it again, .contiguous()", list(shape))
@@ -359,11 +357,10 @@ def read_torch(path, tensors):
         check(len(lists) == 1 and len(members) == len(infos), path, "no zip file of torch.save")
         root = lists[0][:-len("data.pkl")]
         if root + "byteorder" in members:
-            file.seek(place(root + "byteorder")[0])
+            place(root + "byteorder")
             check(file.read(6) == b"little", path, "its numbers have the other byte order")
-        at, size = place(lists[0])
+        size = place(lists[0])
         check(size <= PICKLE_LIMIT, path, "a list of tensors of %d bytes", size)
-        file.seek(at)
         found = follow_pickle(file.read(size), path, storage, tensor)
     except ZIP_ERRORS + (OSError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise Refused("%s: no sound zip file of torch.save: %s" % (path, short(str(error))))
@@ -434,6 +431,12 @@ def read_gguf(path, tensors):
     return pairs
 
 
+LLAMA2C_ORDER = (                                       # of version 0, of the others; then the output matrix
+    "token_embd attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_down ffn_up output_norm cosines "
+    "sines",
+    "attn_norm ffn_norm output_norm token_embd attn_q attn_k attn_v attn_output ffn_gate ffn_down ffn_up")
+
+
 def read_llama2c(path, tensors):
     """karpathy/llama2.c, all versions: seven numbers, then tensors of known shapes in a known order."""
     file, version, group = File(path), 0, 1
@@ -455,19 +458,14 @@ def read_llama2c(path, tensors):
          "norm.eps": "1e-05", "rope.base": "10000.0", "rope.pairing": "interleaved"}
     shapes = dict(layer_shapes(m), token_embd=(vocab, dim), output_norm=(dim,), output=(vocab, dim))
     shapes["cosines"] = shapes["sines"] = (context, dim // heads // 2)      # run.c computes them
-    attention, mlp = "attn_q attn_k attn_v attn_output", "ffn_gate ffn_down ffn_up"
-    order = "token_embd attn_norm %s ffn_norm %s output_norm cosines sines"
-    if version:
-        order = "attn_norm ffn_norm output_norm token_embd %s %s"
-    for kind in (order % (attention, mlp)).split() + ([] if shared else ["output"]):
-        shape, block, dtype = shapes[kind], PLAIN["F32"], "F32"
-        if version == 2 and len(shape) == 2:            # norms stay float32
-            block, dtype = (group, group + 4), "LLAMA2C_Q8:%d" % group
+    order = LLAMA2C_ORDER[version > 0].split() + ([] if shared else ["output"])
+    for kind, shape in ((kind, shapes[kind]) for kind in order):
+        quantised = version == 2 and len(shape) == 2    # norms stay float32
         layered = kind.startswith(("attn", "ffn"))
-        for i in range(layers if layered else 1):
-            name = ("blk.%d." % i if layered else "") + kind + ".weight"
-            t = tensors[name] = Tensor(name, dtype, shape, file, file.at, block)
-            check(math.prod(shape) % block[0] == 0 and t.size <= file.size - file.at, path,
+        for name in ["blk.%d.%s.weight" % (i, kind) for i in range(layers)] if layered else [kind + ".weight"]:
+            t = tensors[name] = Tensor(name, "LLAMA2C_Q8:%d" % group if quantised else "F32", shape, file, file.at,
+                                       (group, group + 4) if quantised else PLAIN["F32"])
+            check(math.prod(shape) % t.block[0] == 0 and t.size <= file.size - file.at, path,
                   "the file ends inside %s: incomplete, or not one of llama2.c's", name)
             file.seek(file.at + t.size)
     check(file.at == file.size, path, "%d bytes follow the last tensor of llama2.c's", file.size - file.at)
@@ -489,7 +487,7 @@ class Model:
 
 
 class Fields:
-    """The fields of a configuration, each checked when it is taken; what is left is refused at the end."""
+    """The fields of a configuration, each checked when taken; what is left is refused at the end."""
 
     def __init__(self, what, table, prefix=""):
         self.what, self.table, self.prefix, self.taken = what, table, prefix, set()
@@ -506,10 +504,9 @@ class Fields:
         check(value is not None, self.what, "%s%s is missing", self.prefix, key)
         if kind is float and is_int(value, low, high):
             value = float(value)
-        good, limits = type(value) is kind, ""
-        if kind in (int, float):
-            good, limits = good and low <= value <= high, " from %g to %g" % (low, high)
-        check(good, self.what, "%s = %s; expected: %s%s", key, short(value), kind.__name__, limits)
+        number = kind in (int, float)
+        check(type(value) is kind and (not number or low <= value <= high), self.what, "%s = %s; expected: %s%s",
+              key, short(value), kind.__name__, " from %g to %g" % (low, high) if number else "")
         return value
 
     def size(self, key, default=None, high=1 << 24):
@@ -600,10 +597,9 @@ def collect(model, tensors, biases, qk_norm, tied, rename=str, heads=0):
     tied: whether output.weight is the embedding; None: if it is absent. heads: how many are announced."""
     def put(name, shape):
         model.tensors.append(take(tensors, rename(name), name, shape))
-        return model.tensors[-1]
 
     m = model.meta
-    embedding = put("token_embd.weight", (m["vocab_size"], m["dim"]))
+    put("token_embd.weight", (m["vocab_size"], m["dim"]))
     for i in range(m["n_layers"]):
         for kind, shape in layer_shapes(m).items():
             if qk_norm or kind not in ("attn_q_norm", "attn_k_norm"):
@@ -612,7 +608,8 @@ def collect(model, tensors, biases, qk_norm, tied, rename=str, heads=0):
                 put("blk.%d.%s.bias" % (i, kind), shape[:1])
     put("output_norm.weight", (m["dim"],))
     if rename("output.weight") in tensors or tied is False:
-        output = put("output.weight", embedding.shape)
+        put("output.weight", (m["vocab_size"], m["dim"]))
+        embedding, output = model.tensors[0], model.tensors[-1]
         if output.kind == embedding.kind and is_copy(output, embedding):
             model.tensors.pop()                         # stored once
         else:
@@ -628,9 +625,12 @@ def scaled_rope(model, rule, f, freqs, base):
         return f.take(key, float, default, 1e-6, 1e9)
 
     def divided(divisors):
-        check(len(divisors) == len(freqs) and all(type(d) in (int, float) and 1e-6 <= d <= 1e9
-              for d in divisors), f.what, "%d RoPE factors are needed, from 1e-6 to 1e9", len(freqs))
+        check(len(divisors) == len(freqs) and all(type(d) in (int, float) and 1e-6 <= d <= 1e9 for d in divisors),
+              f.what, "%d RoPE factors are needed, from 1e-6 to 1e9", len(freqs))
         return [x / d for x, d in zip(freqs, divisors)]
+
+    def ramp(values):
+        return [min(1.0, max(0.0, value)) for value in values]
 
     if f.what == "rope_freqs.weight":                   # GGUF's form of llama3: the divisors themselves
         return divided(f.take("factors", list)), 1.0
@@ -642,28 +642,28 @@ def scaled_rope(model, rule, f, freqs, base):
         number("factor")
         return freqs, 1.0
     old = number("original_max_position_embeddings", context)
-    if rule in ("longrope", "su"):
-        # Texts up to the original context have divisors of their own; transformers changes over when a text
-        # grows longer. A file has one table: that of the longest text which fits its context.
-        short, long = f.take("short_factor", list), f.take("long_factor", list)
-        by = number("factor", context / old)
-        more = (model.options.context or context) > old
-        model.notes.append("LongRoPE: the factors for %s" % (
-            "texts of more than %d positions; shorter: --context %d" % (old, old) if more else "short texts"))
-        return divided(long if more else short), number(
-            "attention_factor", math.sqrt(1 + math.log(by) / math.log(old)) if by > 1 and old > 1 else 1.0)
     if rule == "llama3":
         by, low, high = number("factor"), number("low_freq_factor"), number("high_freq_factor")
         check(high > low, f.what, "high_freq_factor must be above low_freq_factor")
-        kept = [min(1.0, max(0.0, (old * x / (2 * math.pi) - low) / (high - low))) for x in freqs]
+        kept = ramp((old * x / (2 * math.pi) - low) / (high - low) for x in freqs)
         return [x * (k + (1 - k) / by) for x, k in zip(freqs, kept)], 1.0
-    by, dims = number("factor", context / old), 2 * len(freqs)
+    by = number("factor", context / old)
+    if rule in ("longrope", "su"):
+        # Texts up to the original context have divisors of their own; transformers changes over when a text
+        # grows longer. A file has one table: that of the longest text which fits its context.
+        short_texts, long_texts = f.take("short_factor", list), f.take("long_factor", list)
+        more = (model.options.context or context) > old
+        model.notes.append("LongRoPE: the factors for %s" % (
+            "texts of more than %d positions; shorter: --context %d" % (old, old) if more else "short texts"))
+        attention = math.sqrt(1 + math.log(by) / math.log(old)) if by > 1 and old > 1 else 1.0
+        return divided(long_texts if more else short_texts), number("attention_factor", attention)
     check(base > 1, f.what, "YaRN needs a base above 1")
+    dims = 2 * len(freqs)
     first, last = (dims * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(base))
                    for turns in (number("beta_fast", 32.0), number("beta_slow", 1.0)))
     first, last = max(math.floor(first), 0), min(math.ceil(last), dims - 1)
-    ramp = [min(1.0, max(0.0, (i - first) / (last - first or 0.001))) for i in range(len(freqs))]
-    return ([x * (1 - r) + x / by * r for x, r in zip(freqs, ramp)],
+    share = ramp((i - first) / (last - first or 0.001) for i in range(len(freqs)))
+    return ([x * (1 - r) + x / by * r for x, r in zip(freqs, share)],
             number("attention_factor", 1 + 0.1 * math.log(max(by, 1))))
 
 
@@ -678,8 +678,7 @@ def rope(model, rule, scaling, base, dims):
         model.meta["rope.attention_factor"] = repr(attention)
     check(all(0 <= x <= 16 for x in freqs), scaling.what, "frequencies above 16 radians a position")
     if rule not in ("default", "dynamic"):
-        data = struct.pack("<%df" % len(freqs), *freqs)
-        model.tensors.append(Tensor("rope.freqs", "F32", (len(freqs),), data=data))
+        model.tensors.append(f32_tensor("rope.freqs", freqs))
 
 
 SIZES = (                                               # ours, Hugging Face's, GGUF's
@@ -693,12 +692,10 @@ SIZES = (                                               # ours, Hugging Face's, 
 
 def take_sizes(m, fields, column, defaults):
     for names in SIZES:
-        name, default = names[0], defaults.get(names[0])
-        if name == "n_kv_heads":
-            default = default or m["n_heads"]
-        if name == "head_dim":
-            default = default or m["dim"] // m["n_heads"]
-        m[name] = fields.size(names[column], default, 1 << (16 if name in ("n_layers", "head_dim") else 24))
+        if names[0] == "n_kv_heads":                    # the ones before it are known by now
+            defaults = dict({"n_kv_heads": m["n_heads"], "head_dim": m["dim"] // m["n_heads"]}, **defaults)
+        limit = 1 << (16 if names[0] in ("n_layers", "head_dim") else 24)
+        m[names[0]] = fields.size(names[column], defaults.get(names[0]), limit)
 
 
 def facts_from_config(model, config):
@@ -724,18 +721,16 @@ def facts_from_config(model, config):
     sliding, layers = kind == "mistral", range(m["n_layers"])
     if kind in ("qwen2", "qwen3", "mimo"):
         sliding, first = f.take("use_sliding_window", bool, False), f.take("max_window_layers", int, 28)
-        types = ["sliding_attention" if i >= first else "full_attention" for i in layers]
-        types = f.take("layer_types", list, types)
+        types = f.take("layer_types", list, ["sliding_attention" if i >= first else "full_attention" for i in layers])
         check(len(types) == len(layers) and all(t in ("sliding_attention", "full_attention") for t in types),
               "config.json", "layer_types must be full_attention or sliding_attention, one for each layer")
         layers = [i for i in layers if types[i] == "sliding_attention"]
     if kind != "llama":
         window = f.take("sliding_window", int, 0 if "sliding_window" in config else 4096, high=1 << 24)
-        sliding = sliding and window and layers
-    if sliding:
-        m["window"] = window
-        if len(layers) < m["n_layers"]:
-            m["window.layers"] = " ".join(map(str, layers))
+        if sliding and window and layers:
+            m["window"] = window
+            if len(layers) < m["n_layers"]:
+                m["window.layers"] = " ".join(map(str, layers))
 
     biases = ["attn_q", "attn_k", "attn_v"] if kind in ("qwen2", "mimo") else []
     if kind in ("llama", "qwen3") and f.take("attention_bias", bool, False):
@@ -798,7 +793,7 @@ def model_from_gguf(model, pairs, tensors):
         if t:
             check(len(t.shape) == 1, "GGUF", "%s has the shape %s", name, list(t.shape))
             check(not scaled, "GGUF", "%s and rope.scaling.factor = %s together", name, factor)
-            scaling[key] = list(struct.unpack("<%df" % t.shape, t.as_f32().data))
+            scaling[key] = list(t.numbers())
             rule, what = "factors" if key == "factors" else "longrope", name
     if rule == "longrope":
         scaling["attention_factor"] = g.take("rope.scaling.attn_factor", float, 1.0)
@@ -916,7 +911,7 @@ def add_head(model, layout, number, tensors, trunk, facts, freqs=(), rows=None):
             put(name, shape)
         if theirs("blk.0.%s.bias" % kind) in tensors:
             put("blk.0.%s.bias" % kind, shape[:1])
-    made += [Tensor("rope.freqs", "F32", t.shape, data=t.data) for t in freqs]
+    made += [f32_tensor("rope.freqs", t.numbers()) for t in freqs]
 
     copy, own = (tensors.get(theirs(name + ".weight")) for name in ("token_embd", "output"))
     if copy:
@@ -933,7 +928,8 @@ def add_head(model, layout, number, tensors, trunk, facts, freqs=(), rows=None):
     if facts["norm"] == "own":
         put("output_norm.weight", (dim,))
     if gated:                                           # Qwen3-Next and later: norms are stored less 1
-        made = [t.as_f32(1) if t.name.endswith("norm.weight") else t for t in made]
+        made = [f32_tensor(t.name, [x + 1 for x in t.numbers()]) if t.name.endswith("norm.weight") else t
+                for t in made]
     put_head(model, facts, made, rows)
 
 
@@ -1088,11 +1084,6 @@ ANY = (1 << END + 1) - 1                                # a set of code points: 
 POINTS = ANY >> 1                                       # all but the end
 
 
-def refuse(sentence, when=True):
-    if when:
-        raise Refused(sentence)
-
-
 def varint(data, at):
     """A number in base 128, low digits first, all but the last with the high bit; and where it ends."""
     number = 0
@@ -1119,7 +1110,7 @@ UNICODE_TABLE = b"".join(bytes([n & 15]) * (n >> 4) for n in unicode_numbers(UNI
 def unicode_property(name):
     """The set of a general category ("Lu") or of a group of them ("L")."""
     kinds = [i for i, kind in enumerate(CATEGORIES) if kind.startswith(name)]
-    refuse("a regular expression uses \\p{%s}, which export.py does not know" % name, when=not kinds)
+    refuse(not kinds, "a regular expression uses \\p{%s}, which export.py does not know", name)
     return int(UNICODE_TABLE[::-1].translate(bytes(48 + (i in kinds) for i in range(256))), 2)
 
 
@@ -1294,7 +1285,7 @@ def set_tensors(sets):
     atoms = [POINTS]
     for s in sets:
         atoms = [part for atom in atoms for part in (atom & s, atom & ~s) if part]
-        refuse("the regular expressions tell more than 255 kinds of characters apart", when=len(atoms) > 255)
+        refuse(len(atoms) > 255, "the regular expressions tell more than 255 kinds of characters apart")
     atoms.sort(key=lambda atom: atom & -atom)
     rows = sorted((run.start(), i) for i, atom in enumerate(atoms, 1)
                   for run in re.finditer("1+", bin(atom)[:1:-1]))
@@ -1361,8 +1352,8 @@ class TokenizerBuilder:
         if old == " " and new == SPACE and not self.spaces:
             old, new, self.spaces = SPACE, " ", True
         else:
-            refuse("the tokenizer replaces %r by %r, which cannot be carried over exactly" % (old, new),
-                   when=not old or (self.spaces and (" " in old + new or SPACE in old + new)))
+            refuse(not old or (self.spaces and (" " in old + new or SPACE in old + new)),
+                   "the tokenizer replaces %r by %r, which cannot be carried over exactly", old, new)
         self.step(REPLACE, len(old.encode()), *(old + new).encode())
 
     def split(self, pattern, behaviour, invert=False):
@@ -1372,8 +1363,7 @@ class TokenizerBuilder:
                     for op, x, y in code]
         reads = [x for op, x, _ in code if op == READ]
         if 0 in reads:                                  # it waits for a character that no longer occurs
-            refuse("the regular expression %r is written for spaces that became U+2581" % pattern,
-                   when=len(reads) > 1)
+            refuse(len(reads) > 1, "the regular expression %r is written for spaces that became U+2581", pattern)
             return
         self.sets += [s for s in {x: 0 for op, x, _ in code if op in (READ, AHEAD)} if s not in self.sets]
         flat = [n for op, x, y in code for n in (op, self.sets.index(x) if op in (READ, AHEAD) else x, y)]
@@ -1384,8 +1374,8 @@ class TokenizerBuilder:
         """tokens: (number, text, kind and flags)."""
         alphabet, taken = byte_alphabet(), {}
         for token, text, kind in tokens:
-            refuse("the tokenizer has a token %d, but the model has %d rows" % (token, len(self.pieces)),
-                   when=not 0 <= token < len(self.pieces))
+            refuse(not 0 <= token < len(self.pieces),
+                   "the tokenizer has a token %d, but the model has %d rows", token, len(self.pieces))
             piece = text.replace(SPACE, " ").encode() if self.spaces else text.encode()
             if kind == BYTE and not self.byte_level:
                 piece = bytes([byte_token(text)])
@@ -1401,19 +1391,19 @@ class TokenizerBuilder:
                 self.added.add(token)
 
     def tokens(self, texts, kinds):
-        refuse("the tokenizer has %d tokens and %d known kinds of them" % (len(texts), len(kinds)),
-               when=not texts or [k in range(1, 7) for k in kinds] != [True] * len(texts))
+        refuse(not texts or [k in range(1, 7) for k in kinds] != [True] * len(texts),
+               "the tokenizer has %d tokens and %d known kinds of them", len(texts), len(kinds))
         self.vocabulary(zip(range(len(texts)), texts, kinds))
 
     def merge(self, merges, ids):
         """Merges, pairs of texts in the order of their ranks. ids: text -> number."""
         for left, right in merges:
             row = [ids.get(text) for text in (left, right, left + right)]
-            refuse("the merge %r + %r needs a token that is missing" % (left, right), when=None in row)
+            refuse(None in row, "the merge %r + %r needs a token that is missing", left, right)
             (a, _), (b, _), (both, kind) = [self.pieces[token] for token in row]
             if kind & 15 != UNUSED:
-                refuse("the merge %r + %r makes a token that it does not spell, or a control token"
-                       % (left, right), when=kind & 15 not in (NORMAL, USER) or both != a + b)
+                refuse(kind & 15 not in (NORMAL, USER) or both != a + b,
+                       "the merge %r + %r makes a token that it does not spell, or a control token", left, right)
                 self.merges.append(row)
 
     def ends(self, name, text, token=None):
@@ -1520,7 +1510,7 @@ def metaspace_scheme(node):
 def json_step(builder, node):
     """A normalizer or pre-tokenizer."""
     kind = node["type"]
-    refuse("the tokenizer has a %s after ByteLevel, which is not supported" % kind, when=builder.byte_level)
+    refuse(builder.byte_level, "the tokenizer has a %s after ByteLevel, which is not supported", kind)
     if kind == "NFC":
         builder.step(NFC)
     elif kind == "Prepend":
@@ -1561,7 +1551,7 @@ def json_decoder(builder, nodes, byte_fallback):
         good, strip = builder.spaces and not byte_fallback, metaspace_scheme(nodes[0]) != "never"
     else:
         good, strip = builder.spaces and nodes in (plain, plain + [lead]), lead in nodes
-    refuse("the tokenizer's decoder %s does not fit the rest of it" % " + ".join(kinds), when=not good)
+    refuse(not good, "the tokenizer's decoder %s does not fit the rest of it", " + ".join(kinds))
     return strip
 
 
@@ -1573,8 +1563,8 @@ def json_added(builder, nodes, unknown, normalizers):
         if not special and not normalized and builder.spaces and SPACE in text:
             builder.notes.append("the added token %r is found by merging, not as a whole" % text)
             continue
-        refuse("the added token %r is to be found in normalised text, which cannot be carried over" % text,
-               when=normalized and ("Prepend" in normalizers or "NFC" in normalizers and not text.isascii()))
+        refuse(normalized and ("Prepend" in normalizers or "NFC" in normalizers and not text.isascii()),
+               "the added token %r is to be found in normalised text, which cannot be carried over", text)
         kind = USER if not special else UNKNOWN if node["id"] == unknown else CONTROL
         yield node["id"], text, (kind | 0x10 * bool(node.get("lstrip")) | 0x20 * bool(node.get("rstrip"))
                                  | 0x40 * bool(node.get("single_word")) | 0x80 * normalized)
@@ -1585,9 +1575,9 @@ def tokenizer_from_json(data, vocab_size, config=None):
     """A tokenizer.json; config: tokenizer_config.json, where there is one."""
     builder, model, vocab = TokenizerBuilder(vocab_size), data["model"], data["model"].get("vocab")
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
-    refuse("the tokenizer is of the kind %s; only BPE is supported" % kind, when=kind != "BPE")
+    refuse(kind != "BPE", "the tokenizer is of the kind %s; only BPE is supported", kind)
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        refuse("the tokenizer uses %s, which is not supported" % key, when=model.get(key))
+        refuse(model.get(key), "the tokenizer uses %s, which is not supported", key)
     unknown, byte_fallback = None, bool(model.get("byte_fallback"))
     if model.get("unk_token") is not None:
         unknown = vocab[model["unk_token"]]
@@ -1608,7 +1598,7 @@ def tokenizer_from_json(data, vocab_size, config=None):
     builder.added.clear()
     builder.vocabulary(json_added(builder, added, unknown, [node["type"] for node in normalizers]))
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    refuse("the tokenizer has a merge twice", when=len(set(pairs)) < len(pairs))
+    refuse(len(set(pairs)) < len(pairs), "the tokenizer has a merge twice")
     builder.merge(pairs, vocab)
 
     ids, first = dict(vocab, **{node["content"]: node["id"] for node in added}), None
@@ -1623,8 +1613,8 @@ def tokenizer_from_json(data, vocab_size, config=None):
 
 def score_tokenizer(builder, tokens, scores, kinds, unknown, prefix):
     """SentencePiece's BPE: neighbours merge by the score of what they spell."""
-    refuse("the tokenizer's scores do not fit its %d tokens" % len(tokens),
-           when=len(scores) != len(tokens) or any(s != s for s in scores))
+    refuse(len(scores) != len(tokens) or any(s != s for s in scores),
+           "the tokenizer's scores do not fit its %d tokens", len(tokens))
     builder.meta["tokenizer.symbols"] = "chars"
     builder.replace(" ", SPACE)
     if prefix:
@@ -1646,7 +1636,7 @@ def protobuf(data):
         else:
             size, at = varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
             value, at = data[at:at + size], at + size
-        refuse("the tokenizer.model ends at byte %d of %d" % (len(data), at), when=at > len(data))
+        refuse(at > len(data), "the tokenizer.model ends at byte %d of %d", len(data), at)
         yield key >> 3, value
 
 
@@ -1661,11 +1651,11 @@ def tokenizer_from_spm(data, vocab_size, config=None):
         scores.append(struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0])
         kinds.append(piece.get(3, NORMAL))
     kind = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}.get(trainer.get(3, 1), "unknown")
-    refuse("the tokenizer.model is of the kind %s; only BPE is supported" % kind, when=kind != "BPE")
+    refuse(kind != "BPE", "the tokenizer.model is of the kind %s; only BPE is supported", kind)
     for setting, name in ((normalizer.get(2), "a character map"), (trainer.get(24), "spaces after words"),
                           (normalizer.get(4, 1), "remove_extra_whitespaces"),
                           (not normalizer.get(5, 1), "white space that is not escaped")):
-        refuse("the tokenizer.model uses %s, which is not supported" % name, when=setting)
+        refuse(setting, "the tokenizer.model uses %s, which is not supported", name)
     builder = TokenizerBuilder(vocab_size)
     score_tokenizer(builder, tokens, scores, kinds, trainer.get(40, 0), 3 if normalizer.get(3, 1) else 0)
     if USER in kinds:                                   # found in the text after its spaces are settled
@@ -1685,12 +1675,13 @@ def tokenizer_from_llama2c(data, vocab_size):
     tokens, scores, at = [], [], 4
     while at < len(data) and len(tokens) < vocab_size:
         score, length = struct.unpack_from("<fi", data, at)
-        refuse("the tokenizer file has a token of %d bytes" % length, when=length < 0)
+        refuse(length < 0, "the tokenizer file has a token of %d bytes", length)
         tokens.append(data[at + 8:at + 8 + length].decode().replace(" ", SPACE))
         scores.append(score)
         at += 8 + length
-    refuse("the tokenizer file holds %s tokens than the %d of the model" % (
-        "more" if at < len(data) else "fewer", vocab_size), when=at != len(data) or len(tokens) != vocab_size)
+    refuse(at != len(data) or len(tokens) != vocab_size,
+           "the tokenizer file holds %s tokens than the %d of the model",
+           "more" if at < len(data) else "fewer", vocab_size)
     tokens[:3] = ["<unk>", "<s>", "</s>"]               # its writer put line ends around <s> and </s>
     kinds = [NORMAL if byte_token(text) is None else BYTE for text in tokens]
     kinds[:3] = [UNKNOWN, CONTROL, CONTROL]
@@ -1744,15 +1735,15 @@ def tokenizer_from_gguf(pairs, vocab_size):
         return pairs.get("tokenizer.ggml." + key, default)
 
     model, tokens, flags = get("model"), get("tokens", []), ["add_bos"]
-    refuse("the GGUF file has a tokenizer of the kind %r; llama and gpt2 are supported" % model,
-           when=model not in ("llama", "gpt2"))
+    refuse(model not in ("llama", "gpt2"),
+           "the GGUF file has a tokenizer of the kind %r; llama and gpt2 are supported", model)
     builder, unknown, numbers = TokenizerBuilder(vocab_size), get("unknown_token_id"), range(len(tokens))
     kinds = [kind or NORMAL for kind in get("token_type", [NORMAL] * len(tokens))]
     if model == "llama":
         score_tokenizer(builder, tokens, get("scores", [0.0] * len(tokens)), kinds, unknown or 0,
                         7 if get("add_space_prefix", True) else 0)
-        refuse("the GGUF file's tokenizer uses remove_extra_whitespaces, which is not supported",
-               when=get("remove_extra_whitespaces"))
+        refuse(get("remove_extra_whitespaces"),
+               "the GGUF file's tokenizer uses remove_extra_whitespaces, which is not supported")
     else:
         patterns, flags = gguf_patterns(get("pre", "default"))
         if "nfc" in flags:
@@ -2719,7 +2710,7 @@ def load_trunk(options, scratch):
     names = {t.name: t for t in trunk.tensors}
     norm = names.get("output_norm.weight")
     check(norm and norm.kind == "F32" and "token_embd.weight" in names, source, "this is no trunk")
-    return trunk, "%08x" % zlib.crc32(b"".join(norm.chunks()))
+    return trunk, "%08x" % zlib.crc32(norm.bytes())
 
 
 def load_heads(model, source, scratch):
