@@ -203,7 +203,10 @@ def read_small(path):
     return file.read(file.size)
 
 
-def read_json(path):
+def read_json(path, missing=None):
+    """A JSON object; missing: what it is where there is no such file."""
+    if missing is not None and not os.path.exists(path):
+        return missing
     value = parse_json(read_small(path), path)
     check(isinstance(value, dict), path, "a JSON object was expected")
     return value
@@ -372,9 +375,10 @@ def read_torch(path, tensors):
 
 
 def read_weights(path, tensors):
-    zipped = read_start(path) == b"PK"
-    check(zipped or not is_pickled(path), path, PICKLED)
-    return (read_torch if zipped else read_safetensors)(path, tensors)
+    if read_start(path) == b"PK":
+        return read_torch(path, tensors)
+    check(not is_pickled(path), path, PICKLED)
+    return read_safetensors(path, tensors)
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -812,35 +816,31 @@ def model_from_gguf(model, pairs, tensors):
 # data: names, which state of the trunk feeds the head, which is handed on, which norms there are. All that is
 # of module N is called draft.N.*; the trunk's embedding and output matrix are never stored again.
 
-# Of each layout: the layer's prefix, the norms of embedding and state, the matrix that mixes them, the norm
-# before the output, copies of the trunk's embedding and output. A dot: after the prefix; -: there is none.
+# Of each layout: facts, and names: the layer's prefix, the norms of embedding and state, the matrix that mixes
+# them, the norm before the output, copies of the trunk's embedding and output. A dot: after the prefix; -: none.
 HEAD_PARTS = "layer e_norm h_norm mix output_norm token_embd output".split()
-HEAD_NAMES = {
-    "mimo": "model.mtp_layers.%d. .token_layernorm .hidden_layernorm .input_proj .final_layernorm - -",
-    "deepseek": "model.layers.%d. .enorm .hnorm .eh_proj .shared_head.norm .embed_tokens .shared_head.head",
-    "qwen": "mtp.layers.%d. mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.fc mtp.norm - -",
-    "ernie": "model.mtp_block.%d. model.mtp_emb_norm.%d model.mtp_hidden_norm.%d model.mtp_linear_proj.%d "
-             "- - -",
-    "gguf": "blk.%d. .nextn.enorm .nextn.hnorm .nextn.eh_proj .nextn.shared_head_norm .nextn.embed_tokens "
-            ".nextn.shared_head_head",
-    "facebook": "extra_heads.%d. - - - - - -",
-    "eagle": "layers.0. - - fc - embed_tokens -",
-    "eagle3": "midlayer. .input_layernorm .hidden_norm fc norm embed_tokens lm_head",
-    "speculators": "layers.0. .input_layernorm .hidden_norm fc norm embed_tokens lm_head"}
 SERIAL = {"kind": "serial", "state": "norm", "chain": "norm", "norm": "own"}
-HEAD_FACTS = {
-    "mimo": SERIAL, "deepseek": dict(SERIAL, zero_first=1), "qwen": SERIAL, "gguf": SERIAL,
-    "ernie": dict(SERIAL, chain="out", norm="none", zero_first=1),
-    "eagle": dict(SERIAL, chain="out", norm="none"), "eagle3": dict(SERIAL, chain="out", state="layers"),
-    "speculators": dict(SERIAL, chain="out", state="layers"),
-    "facebook": {"kind": "parallel", "state": "before", "norm": "trunk"}}
+EAGLE3 = dict(SERIAL, chain="out", state="layers")
+HEADS = {
+    "mimo": (SERIAL, "model.mtp_layers.%d. .token_layernorm .hidden_layernorm .input_proj .final_layernorm - -"),
+    "deepseek": (dict(SERIAL, zero_first=1),
+                 "model.layers.%d. .enorm .hnorm .eh_proj .shared_head.norm .embed_tokens .shared_head.head"),
+    "qwen": (SERIAL, "mtp.layers.%d. mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.fc mtp.norm - -"),
+    "ernie": (dict(SERIAL, chain="out", norm="none", zero_first=1), "model.mtp_block.%d. model.mtp_emb_norm.%d "
+              "model.mtp_hidden_norm.%d model.mtp_linear_proj.%d - - -"),
+    "gguf": (SERIAL, "blk.%d. .nextn.enorm .nextn.hnorm .nextn.eh_proj .nextn.shared_head_norm .nextn.embed_tokens "
+             ".nextn.shared_head_head"),
+    "facebook": ({"kind": "parallel", "state": "before", "norm": "trunk"}, "extra_heads.%d. - - - - - -"),
+    "eagle": (dict(SERIAL, chain="out", norm="none"), "layers.0. - - fc - embed_tokens -"),
+    "eagle3": (EAGLE3, "midlayer. .input_layernorm .hidden_norm fc norm embed_tokens lm_head"),
+    "speculators": (EAGLE3, "layers.0. .input_layernorm .hidden_norm fc norm embed_tokens lm_head")}
 LAYER_FACTS = ("dim hidden_dim n_heads n_kv_heads head_dim context_length norm.eps activation rope.base "
                "rope.pairing rope.dims rope.attention_factor window").split()
 
 
 def head_name(layout, number, name):
     """Our name of a head's tensor -> the name in its layout, None if it has none."""
-    parts, (part, end) = dict(zip(HEAD_PARTS, HEAD_NAMES[layout].split())), name.rsplit(".", 1)
+    parts, (part, end) = dict(zip(HEAD_PARTS, HEADS[layout][1].split())), name.rsplit(".", 1)
     if part.startswith("blk.0."):
         names = {"gguf": {}, "facebook": META_NAMES}.get(layout, HF_NAMES)
         theirs = parts["layer"] + hf_name(part[6:] + "." + end, names)
@@ -872,7 +872,7 @@ def put_head(model, facts, made, rows):
 
 def add_head(model, layout, number, tensors, trunk, facts, freqs=(), rows=None):
     """Moves a module with a layer out of the table. facts: what a trunk's metadata would say about it."""
-    facts, dim, made = dict(HEAD_FACTS[layout], n_layers=1, **facts), facts["dim"], []
+    facts, dim, made = dict(HEADS[layout][0], n_layers=1, **facts), facts["dim"], []
     width = trunk.meta["dim"]
     check(dim == width, "draft heads", "width %d, for a trunk of width %d", dim, width)
 
@@ -1041,38 +1041,35 @@ def medusa_heads(model, config, tensors, trunk):
 
 # Unicode, pinned: categories of 16.0, NFC of 9.0. tests/fixtures/make_unicode.py says why and wrote it.
 UNICODE_CATEGORIES = """
-c-p;J4`>_L8RvWN?quiR<lei*z02!ttSiZBZ?jja&Ey@pRH8xVAf*;7E`nusAS4JH8bL@9#N)h$Xg3-vvrr>QsH}wqK>`X5OT(5<9@&gwr3wv6
-1u0XYizn!)%u0;ezLS%#9cx2VI=;Jm@80|F`@Z+R_kG{*JZVeJ*lQ%qV2xTQY0P-kI7M|sH;U30{Y5>@bc2s?HTo>0pXuB6kBIT|G&QCn*!NI0
-_<;8Z(18CO8R+(g2gm#;z75=;8|;qz{XrHSi3cC)yLUZE>0p;>xG(syv>&ZNv19k&-|1oJ=^JGH53mH!A65-@j?8TGXH+BDC)5!==!Ap%Fc0#9
-zE=r<70ye+!QqiFkp5h-&+r#@PMKC7Y>bh8xJ3+njg9&0#BWJL-FsZN#3;We>zZyNX&zLm6Ss<F)H1B_1<-lSmDCbkBV|a2wCV<(Wx26?$TSk6
-GDO1c4hW{T=mjbY>n{LnLm3LvEDRYjRcPTBNvN}+M%9$K3%o$1Lg!UTyVRKSU=|9pIz#!a)Ka2sp0I2QOsfpK+JPu{L4-t$@B^ILaiOuSFh!Jk
-pgAEPF+~|d;XN1~nuzi#=N@OsC!z6_gS@tui*uGMgBj8E3Q8;hkMMhZ6DV;8c$7y4TZND>Pd9RGH~*~SHMXweT=c$LgYBt+#`u&S;c+{}84uYZ
-J7U+sN!d}J5G<qlUf7<8bjtNrb_jQgF9?Mvawd-mCb}AP`ay$5_4`aESkt%0mcga?OgyC3A<?zHAe(Em%y1&w!LB(cz?j0J60u$CuaJoYw&v{S
-8lQno8HB0V!Bw<S)-k5k8PGA$G$r5a3638yRH}t$fr$yO@+`*>;-17t?}DL^n)}Ld8Vt>+q={D6Bxix>=EMcy3lh(RwvUG=$5CEYULdRtd#4id
-D2s-&kwgO)fN5n&gl|bam=22bvaXI4w(+>Y4aH|c_8-!x?;SiI0c@*1BKkU9#pRH*kh!%^>=Js-G4ul2Qlge!?TtO<Lasy-MW~XfRfG~T>(KDs
-gKbTjkz#7hU>dq6a~d+g#eGLJGF3@!D7gu<Bxx+&>Zw47@&$14GHg6@Eh;81Lrr!{6rI*@pOrc!C9H-r5BwSxz687use8pTEh?#wJWJ3Y_~D_m
-c#P*D7H!dMfDuuXZ-WQPnzTUd$uigxU-nDZam?50bFvsdhO<%q8i{LDS}4lWSLBZa?|^zrdRLn1`KCkuq3AgLA5<KHUE(KV8r$hl`<R=%<d1v+
-IPf#Le?P|u#~v~IMo0X1^l33T#z&`N=cwoog!x;LK1RQr-f|bV#f%$xmLEL>TRhUQian#2dKyM8{w~;a(kjg29S)8M!&uISG0Bha+!r)_8Z)q%
-#QVa711|=j9`7@bk~gJb-?RN;C;$EAO=_)tr%f(FlUxlf^?pe5&K>xW&MDRkJp-41aEGh}l6lEm`ku&3d~V~BZrvEZm($1m?7nMg_?zFm!F_%c
-#j}^}w?2?~U%F4Yft;$hLF<qr9N?d)8R@R99+Sd<hKh8S^11bOSkfyrPY|Q1Z1Wkw8ROTmTYo<Ml*;rlZ><w%c!=qx_4*SmU6pxjJrD0V3$C;z
-6~S=H3gxF^i5>;x6Ua-aVMW4rt9wz&_cY#SYUfvAuP8-u<(I75pc-?r%!KOXt1Xiy^m!~AU&b<Iwt9X8=3Wn0$ZNRapPd}}dQMi?u-Jc!x7roY
-zDV*;q|c9xbw3wal9BEWHpvqxW2o<d7SZCkSE+H$-ZP%5DM=5^k}^*`!0eNmCsQ$|hcG|Y=nPmLat$tn-k^4(gNf({aJ3AMHKC~mtVk1BKyE`3
-BAN?+=@3bms8gdXT2eI3+UA7GH0IHeYE>a+u_3bpQvzx2oSc`9XO4p!cBa==B`hSqgiNiot_~gI6qNeOo|X`$jcsXv9iB@wtpo;U<q5w&BGop|
-5sy@bl_zeGXel|vlWH(NL(V{EhQziVqd$!CJAT#Sx?wpJyc2Z(H!eO@0<|Fzb*SAnPDJd({BRS(q6WM~d6l5H4u}>W;p(^2G3UB$&%t}jjybY*
-l-~r~Se0+eS|x~1Dk!U<U8IgH?I=QxY<6LDx+SI3Ey{JQbuQ>XuE<B^X}Q(wFZTD6a|K6b56cXC`5f?%fWOQK_<7*}0KT6O+BF5;@puthqyjE@
-^d<g=%wL0M&y--iCL>f}0xP|K6rC16*r6WQZ%^@UPQTD1du+W#)4JE=2Ar*-qeOftvnV&yi8xlb1{G09I{~@ZA=jW=ag(=uk_$$Sn$8P{P^DrY
-Y7uc1%VPQ{R>fSh4hOw;h2B-=oYI8zN^Vb0N_fyMWpS0=B6dnwKfr?&_ViCEFUj20MaUzORVC4&rvb56i(G&mlWl_KHrbXM<Y1lnX(QTDmf?_d
-6@yg^nXCwjhI|1mp46I9poq9K(VBD{5KSbRiDIgfW+7M9Rc=E(nb6HLFrCHtRdN{(MOe51d$o|(4s@Xa?jE8NJ=2jFAdRvTpGRceTtj3&&Pq?1
-B5S8miVu7kZ%LfZ0@n}%CU^=@v&AipmnOwRPU2XPEv{>kHg%N+64IIPj5h1YSuqQDN!+YRt};tv?6U8q8*rIa<!flEU;6(@>a<G5GB{<}8Z!<Q
-H`nB4(CZtHNYj#!!VqO45*COGLI|vOb5kTxzZom~I(l%fBV|Pvm#tl<Y#tL{mL-k>;%#;TS~7+Jn?&dJ=FUL-+XYGY5o8A8TmwT5ksO<>;J`&<
-TZmL{6OLir>wBXm?Y1>;@+{N3J3HlTmr^*A@{w=*@hVAJIgD!z#gc@sx`A9;a~)#d>*OYFf?j&1z2To5`6QyB{`#LtVT08K_vhddZE6`RQ2m&u
-J3ET+DJ?pW+ugnng=ce!o&2=Y>BT042Bi>QyGnL){2ATw?c@h}gQTm(d-4fa9*W^-{l1$%A<5>3YOkZQWhIw*7rdS!UDYmw*#`Gt7*(y;p(vMN
-_5Ge__$z#fS3|47niS!38{!yrBlVM{x-s1VyMPD~gkkF5-)a6aG-C0|dhcynEaTx^+*A)NJyyX=BNhXx(cK=*KsdWZ6E_1*a<(UGRK9hU)WN@3
-))nCdT@9Y3r|3z#pPwRr4}S?oPz;DMegvMzl)N9~+aDj`W8#P(@ZB!o$%D4vU;FsK?<-WiN{!>x*!5)%{)(2B{MfQGKCd90UIHyVxe6)14Bjy~
-1?&pR>}u*+K1)Q_-_!J814T*mHZ^2B`wFHchZ)}17S)QRCMU{}HoRDss@QAmEovencXaPZ2QZ}kl*k+X;sj)i@=58GlvN#n3yVL!7%;XQJL<jH
-WvtMZ{y48v<o1IJV+#MDILk1H`7P$4wTb)Wzs0#PKHmM2;02P7V1O1#T?w}b7iDL013DSR3UIt`N)@;cbIc3)2M=fGAQx`KzKWVZ?934xbMwk3
-XJvh65kdJX;4>fa0Dl7Vcs7=(z=3c(uxKGB0fEeCA)OE8Q2Zsxpr}ia@Wu7G@+08Bzs-|MzmPI5LzMm^x1mrDtU}AFR7vZZ%3DzVo0N8cDS2n!
-lxH6E-u@l@8$1CJu>"""
+c-qxiONgaM74CED)Z?%E>)!63+mE?DefxILOs6N)o$h&MMvci3NgyP|Y)puVB1XXnn1vwdMnW)~AWCo(K~RJ12%;pbAQ}-BW}(5A3~m&Z;3{Sz=y$6A+mA
+_4GI@-|TYdjq&vQ<l*LVKTZA@qm->I0IL^{l6QqW03XM)5Kr_vN9ntGo%(Lbi{@2wlZ*Zj$(NwYd(ptfu%PUSR(2O5>{o3?bL>?)7<d&8|wq?l8-v1?hfU
+_$-O#vH|nby2L~o0By*S#bgv%$T$K$WE+D(PW#@DJ|=&J~DP@E10p;HF&g<!ezH9A>EP7v;{$Uw?vx{ZqxNi(~(nZ`A||F9mI*)>+G29NfMOx8{1?P_Jp*
+z<-qwuAxB7S<Mmk-A?oh#rYcvELRk*TH#z8Fkh(oVd(hc_(NvH4HD#abxEL#enAH}`s{SY?%oJ<tv0})5&Dm5OKT|Yxm<|r;BL=Y2&G3p8rBxq@zFbj?wA
+~FbFi27=T*zug2x<1ju9r+Xx(Q_$vTl!6IZicdVy-@uH3QnDmx15aO%Vj0z;TNMPsMuIN}r6j|BK+eX(7G)o2zxpkhnA~asph`UpzCQBjq~IZH_H4rYX?V
+pdU;Qh;4k~Zb|J1v`Jkm+}BEiRZ0p)DflV!q52)3AOQlQjN)YOkW6a+7y2oD;U9?FNP2ILq<B~gC~mB|u{0pB5wF5~EF^Cfg|P{<QKG3wG;d+A)GOD96o^
+&qHBtZI^=}inG%dfWYK#@gl#@yCrJ~HW<J7_U+x5qy<!+d95kao$;x$<)O7X_luvVBsggZ^A8tb{Fc;htejjFCfPD#4ZYC4e4iiUB}>`$nakPhJAs>PZuC
+ktwMtN66rRFX1AN5Rh`1R7wVI&8_HXonPKDv8-6Q~l+jD@A0&<kcJMa+fNRQ1R!**W{@X5<L`#lvu*I9PMH_Q=YhMZKkvXTmpboz)A-Jq@xrN)^3<!Y?pw
+8u7s%kHTQ;C`G@is3k_viKnj3tWJ=?KG?+_hbU+u>Bzjn9LhcL}T(L*#mx{s_0~h$o1uAu2s|}|HuM$_l+PzJz(0M(0w^{a~a0S|~Dd}7a19Y59P{1cjhs
+3c0mJSOlM!jJN^u_*=dWu}QhIA=jsteg%>!GfqsU5vY(f9sMifvK$mkS-Oi7$3mafNI3VinQpes~Mc`dUcE?)vpqJ*`ntMK2ae$X5k)i+dm%;6)TB2QAzs
+nmv`h(SLS5Sd)n>>E2G#pN49wE=nIfLUDx(Ev0ha1)Dqx_=)50EnbruQh|&^9)!BgcCAzb2w<hUR{)yo1xBx*YFcn5$*O8lD&+kYQ?L-L?2R=s>od!{Zs|
+Y^DZk_94lO{(NWzXJvf-g2q9MMtN@M}#_z0e*V`zc=A_aP9AAXDRjT|>zdWJ=xhC3qM{i*bfo{<|BVlrds9e+F*p1UmXp`}@Ad)A{r^Y|VcQ&m}Hq#0_C6
+PxR?we<|2+qn?|-UE9u-R#dglRL$1XsfUT!>}a6GipTCh-AhT=OQ%pnQ|isoeD>+_ONxd#E&NG#nndjh!gWd4SJUQbX1)p*+t~i<`gZ`>g|SR$w%f$)Hf8
+Ed0t5xRljGIA*d+~b}+l*QiuSl+e!h8Ig2su<6&3Of}wy*%ChdUD!;x1F!i}`@`#~5W_3ql=1s>7m%^7Es7iHY0}iG|(P2~`hYOluZ77j8t>@7bucsjrDE
+M*>svBZuQMb6VBZ6-$D&;AzE2MRhSME)bZ`Lg07Q`NF4k82x6;Qi_8Nr4?kxz1Qz(qVkuOYU@$07?7MPFmk#aL}B9O#4$uqDw69CqjlpFBOF=$weE2e;2H
+C<(8ZjB*+Texs)K<@_mpS9eE!`T(9EVbcuEbaW5vwf=!S%+Qd{{l)}8E6owZ%`CV24#w^Iv8fRS2zE)W<c`w?Z+Q*e?u{!@M=KB`jv(Wv3}FGYwqThrL|S
+IjQ!pH_oUz+80aSc!8e>M8<7O|&i2>e<jfo=%J&--kCImxsswsGc-MlN)+R4lGe*82ypF?o4Pr#@APNqZXmB|obZB2@BZu}w$^cgICo=W;g$ilVy80O+?)
+3Bn0r)$h-v)W(n!%a%ER|5laJD<}(QE#^-7)&4636|Gcmia$4pXTm(aQ<)78=c{m_>7sqOUC>f^O!!rv(o`crGkKCbMp<suEQ4#DQgT|g17f*q0w;O-^SZ
+C=5}pJkG8MSaJqt0<dzzTSg*kGuqFbck8AQfO`pWY<9NNH=@p8jK>cyNrT-GYbnfzZpCkHLFc+H*$4^6v(~$>nQ*xpB7FXkYBfGHB97K<ItJH7}An}_Lwj
+EgRm%9U)eV@6iy_ypjU<%{JotMC8X9IG_tTVbCj|E=HiI$CQ_j1WvAl^hvr+Q6E?#P1E$lzqosxPr-U|IyTWHkXtjRaThdYX`jSspqb%KUSWv<q_P$-7@=
+{=&L%tyPcDMRXPQOEc4dXP&;yx5EosLGGJ2yoku@bp?Z1dP-CI8|pM4X^U4(VGJ|@>&)<&Asr!wrrz4u@k+a8nhP?ck!EOni=My*&-7_Y#?lO+Zo6*nh>*
+$Ay>(;bLCAYTPRK?$uVr$-z*+Ze&bL43W<G{RN4HXQkD}+MCPQ9;;TG7hgk}e<t(}LKhL$d0Lf}vHZJMnu;?*GSqC9JS<B@-t%{b68+|D<*8$ZwChz+w|T
+K~{}7tiH$9&!ZaXjpXKKv(mDuh0q@tFoufMOls%=J94ZKP$36=LZXoxzP7AhzjA2Y$Z)0`KXW1oan)vI2cfOQDb&`0%;VKA<`ht($N-4o$f3^gu6y^+b!O
+ZWIv><2Pvd0R$G9GH+XR<4!T}4ZYcvhn+9IKFpJkE^$;`K8EC-}e@xq+n+4&uof$)T#m`4hXRQm|;MfxP)wbkcpv^u#HXg^O4N3^qplvS66wny&4Sb6)h)
+GKnH$1^^fzoZ$ND28qAAg48y%$|WCw1P&2*e!W3cdUE66@8~y^7=X%41uuhI4!bKnyv7YF_`nP9LNG+;XO8{pY?+HvN)*H~2K?=K~_3AHTO^e=RRu7|q6)
+^9$lvG*~_gKn2iJ-0^B_LY?4g&K`N*m<=}ZWg3qc<g@o<<)W8-Syhv`_xg5tr8yP<dXE$>{|IHkvetbPo;FX;ei3hB4Jt6KTpj%r41Q`JxQ!Q@uiWt(#as
+9eYg`EINAlshyA6G9&<@&1nxjwAa5(fdI~<lb0#@w>DTPcL4!Kk=p0uO(Lf8!VeU9-_I!f-a2dJI>hFp}h0insZ4*<IoA`P7TBk0X=aT9yzDm}hsyl3^?m
+v}@on}Q^A#VjFwU!f7JD_#Xxb;v&b3T2i*wYG*al=vO@A<a?`Y*GIg*s#>S-NgEa;U+H{hWOen$*Mpp8zRkExC70c=Wp?*Jl6K1)jpk!`3H1qId4kix#ym
+xKY5wK3;I{(Qx0`fzm-eyij6ShR`||8aNA?N&f81A&k1?$8KO_bZ-%SC=kbeU_h;fKwt7GLVE<M5;gRplU(#>a?bY#>7f=6_zWwj?Uq@5(1O"""
 NFC_POINTS = """
 c-j?@KS*0~9K`Rw-{0@|9#5Yy=_0Z557r{VE<%zLTIv!?99+anP*iB86m_sgiiAQYL6AVIw1Eh9$kIuxP9knDl9bLZ2reQBI=S|h<GA7A!`&GV
 Z2->-M0(otmHF|%94dUL|D^kweA?s;B8e!Ng2Ew*PEpLpxq?n;+&o8K*J0uFt??*Y)-n=iTDo+Jkxq;RX@4+ChnQRZW#!1j0Cw4NK~yP!$WmG{
@@ -1102,8 +1099,8 @@ def unicode_numbers(packed):
     return numbers
 
 
-# The category of each code point. In the numbers: 16 times how many in a row have it, plus which.
-UNICODE_TABLE = b"".join(bytes([n & 15]) * (n >> 4) for n in unicode_numbers(UNICODE_CATEGORIES))
+RUNS = unicode_numbers(UNICODE_CATEGORIES)              # of one category each: which, of all; then how many in a row
+UNICODE_TABLE = b"".join(bytes([kind]) * n for kind, n in zip(RUNS, RUNS[len(RUNS) // 2:]))
 
 
 @functools.lru_cache(64)
@@ -1135,18 +1132,17 @@ class Pattern:
 
     def __init__(self, text):
         self.text, self.at, self.ignore_case = text, 0, False
-        self.refuse("%d characters" % len(text), when=len(text) > 8000)
+        self.refuse(len(text) > 8000, "%d characters", len(text))
         code, empty = self.alternatives()
-        self.refuse("an unexpected %r" % text[self.at:][:1], when=self.at < len(text))
-        self.refuse("a pattern that can match nothing", when=empty)
-        self.refuse("%d instructions" % len(code), when=len(code) > 8000)
+        self.refuse(self.at < len(text), "an unexpected %r", text[self.at:][:1])
+        self.refuse(empty, "a pattern that can match nothing")
+        self.refuse(len(code) > 8000, "%d instructions", len(code))
         self.code = [(op, x + i if op in (JUMP, FORK) else x, y + i if op == FORK else y)
                      for i, (op, x, y) in enumerate(code + [(MATCH, 0, 0)])]
 
-    def refuse(self, what, when=True):
-        if when:
-            raise Refused("the regular expression %r has %s (at %d), which cannot be carried over exactly"
-                          % (self.text, what, self.at))
+    def refuse(self, when, what, *values):
+        refuse(when, "the regular expression %r has " + what + " (at %d), which cannot be carried over exactly",
+               self.text, *values, self.at)
 
     def take(self, pattern):
         """Reads what this pattern of Python's matches here; None if it does not."""
@@ -1155,7 +1151,7 @@ class Pattern:
         return match
 
     def next(self):
-        return (self.take("(?s).") or self.refuse("a sudden end"))[0]
+        return (self.take("(?s).") or self.refuse(True, "a sudden end"))[0]
 
     def alternatives(self):
         parts = [self.sequence()]
@@ -1181,31 +1177,31 @@ class Pattern:
             code += part
             empty = empty and nothing
         pairs = [(a[1], b[1]) for a, b in zip(code, code[1:]) if self.ignore_case and a[0] == b[0] == READ]
-        self.refuse("letters that a single character folds to when case is ignored", when=any(
-            a >> ord(p[0]) & b >> ord(p[1]) & 1 for a, b in pairs for p in ("ff", "fi", "fl", "ss", "st")))
+        folds = any(a >> ord(p[0]) & b >> ord(p[1]) & 1 for a, b in pairs for p in ("ff", "fi", "fl", "ss", "st"))
+        self.refuse(folds, "letters that a single character folds to when case is ignored")
         return code, empty
 
     def repeated(self, code, empty):
-        mark = self.take(r"[*+?]|\{(?!,?\})([0-9]*)(,?)([0-9]*)\}") or self.refuse("a repetition")
+        mark = self.take(r"[*+?]|\{(?!,?\})([0-9]*)(,?)([0-9]*)\}") or self.refuse(True, "a repetition")
         least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(mark[0]) or (
             int(mark[1] or 0), int(mark[3]) if mark[3] else None if mark[2] else int(mark[1]))
         limit = 8000 // max(len(code), 8)               # of instructions, of repetitions
-        self.refuse("a repetition %s" % mark[0],
-                    when=not least <= (least if most is None else most) <= limit or self.take(r"\?"))
-        self.refuse("an endless repetition of something that can be empty", when=most is None and empty)
-        self.refuse("a repeated condition", when=len(code) == 1 and code[0][0] == AHEAD)
+        self.refuse(not least <= (least if most is None else most) <= limit or self.take(r"\?"),
+                    "a repetition %s", mark[0])
+        self.refuse(most is None and empty, "an endless repetition of something that can be empty")
+        self.refuse(len(code) == 1 and code[0][0] == AHEAD, "a repeated condition")
         rest, loop = [], [(JUMP, -len(code) - 1, 0)] if most is None else []
         for _ in range(1 if most is None else most - least):
             rest = [(FORK, 1, len(code) + len(loop) + len(rest) + 1)] + code + loop + rest
         if mark[2] is None and self.take(r"\+"):        # gives nothing back: what follows is no other
-            self.refuse("a possessive repetition of more than a character", when=len(code) != 1)
+            self.refuse(len(code) != 1, "a possessive repetition of more than a character")
             stop = [(AHEAD, ANY ^ code[0][1], 0)]
             rest = self.either(code, stop) if mark[0] == "?" else rest + stop
         return code * least + rest, empty or least == 0
 
     def atom(self):
         c = self.next()
-        self.refuse("a %r" % c, when=c in "^*+?{")
+        self.refuse(c in "^*+?{", "a %r", c)
         if c == "(":
             return self.group()
         if c == "$":
@@ -1213,15 +1209,16 @@ class Pattern:
         return [(READ, POINTS ^ span(10) if c == "." else self.item(c, False)[0], 0)], False
 
     def group(self):
+        begin = self.text[self.at - 1:self.at + 3]
         kind, outer = self.take(r"\?(:|i:|=|!)"), self.ignore_case
-        self.refuse("a group (%s" % self.text[self.at:self.at + 3], when=not kind and self.take(r"\?"))
+        self.refuse(not kind and self.take(r"\?"), "a group %s", begin)
         kind = kind[1] if kind else ":"
         self.ignore_case = outer or kind == "i:"
         code, empty = self.alternatives()
         self.ignore_case = outer
-        self.refuse("a group that is not closed", when=not self.take(r"\)"))
+        self.refuse(not self.take(r"\)"), "a group that is not closed")
         if kind in ("=", "!"):
-            self.refuse("a condition on more than one character", when=len(code) != 1 or code[0][0] != READ)
+            self.refuse(len(code) != 1 or code[0][0] != READ, "a condition on more than one character")
             code, empty = [(AHEAD, code[0][1] if kind == "=" else ANY ^ code[0][1], 0)], True
         return code, empty
 
@@ -1229,8 +1226,7 @@ class Pattern:
         """The set of some code points; if case is ignored, with the other case of the letters."""
         found = span(first, last)
         if self.ignore_case:
-            self.refuse("letters beyond ASCII where case is ignored",
-                        when=last > 127 and found != span(0x2019))
+            self.refuse(last > 127 and found != span(0x2019), "letters beyond ASCII where case is ignored")
             for a in range(ord("a"), ord("z") + 1):
                 both = span(a) | span(a - 32) | {"k": span(0x212a), "s": span(0x17f)}.get(chr(a), 0)
                 found |= both if found & both else 0
@@ -1246,30 +1242,29 @@ class Pattern:
         name = self.take(r"([pP])\{(\^?)(\w+)\}")
         c = digits[0] if digits else name[1] if name else self.next()
         if name or c.lower() in CLASSES:
-            self.refuse("a class where case is ignored", when=self.ignore_case)
+            self.refuse(self.ignore_case, "a class where case is ignored")
             found = unicode_property(name[3]) if name else class_set(CLASSES[c.lower()])
             found |= class_set(MORE_WORD) if c in "wW" and not inside else 0
             return POINTS ^ found if c.isupper() != bool(name and name[2]) else found, None
         plain = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "a": 7, "e": 27}
         point = int(digits[1] or digits[2] or digits[3], 16) if digits else plain.get(c, ord(c))
-        self.refuse("an escape \\%s" % c,
-                    when=point >= END or (c.isalnum() and not digits and c not in plain))
+        self.refuse(point >= END or (c.isalnum() and not digits and c not in plain), "an escape \\%s", c)
         return self.points(point, point), point
 
     def bracket(self):
         """A class in brackets, after its [."""
         negate, found, both, first = self.take(r"\^"), 0, POINTS, True
-        self.refuse("a negated class where case is ignored", when=negate and self.ignore_case)
+        self.refuse(negate and self.ignore_case, "a negated class where case is ignored")
         while first or not self.take(r"\]"):
             first = False
             if self.take("&&"):
                 both, found = both & found, 0
                 continue
-            self.refuse("a POSIX class", when=self.take(r"\[:"))
+            self.refuse(self.take(r"\[:"), "a POSIX class")
             more, point = self.item(self.next(), True)
             if point is not None and self.take(r"-(?!\])"):
                 last = self.item(self.next(), True)[1]
-                self.refuse("a range that runs to no later character", when=last is None or last < point)
+                self.refuse(last is None or last < point, "a range that runs to no later character")
                 more = self.points(point, last)
             found |= more
         return POINTS ^ (found & both) if negate else found & both
@@ -1486,14 +1481,12 @@ def tokenizer_from_hf(folder, vocab_size):
     """The tokenizer of a Hugging Face folder: tokenizer.json, else tokenizer.model."""
     config = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if os.path.exists(os.path.join(folder, name)):
-            settings = read_json(os.path.join(folder, name))
-            config.update((key, value) for key, value in settings.items() if value is not None)
+        settings = read_json(os.path.join(folder, name), {})
+        config.update((key, value) for key, value in settings.items() if value is not None)
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
         return tokenizer_from_json(read_json(path), vocab_size, config)
-    file = File(os.path.join(folder, "tokenizer.model"))
-    return tokenizer_from_spm(file.read(file.size), vocab_size, config)
+    return tokenizer_from_spm(read_small(os.path.join(folder, "tokenizer.model")), vocab_size, config)
 
 
 def json_sequence(node, key):
@@ -1816,18 +1809,18 @@ class ChatUndefined:
 UNDEFINED = ChatUndefined()
 
 
-def chat_refuse(what, *values):
-    raise Refused("the chat template " + (what % values if values else what))
+def chat_refuse(when, what, *values):
+    refuse(when, "the chat template " + what, *values)
 
 
 def chat_text(value):
     if value is None or isinstance(value, (str, int, ChatUndefined)):
         return str(value)
-    chat_refuse("writes a list, a mapping or a function")
+    chat_refuse(True, "writes a list, a mapping or a function")
 
 
 def chat_remainder(a, b):
-    return a % b if isinstance(a, int) else chat_refuse("calculates with a text")
+    return a % b if isinstance(a, int) else chat_refuse(True, "calculates with a text")
 
 
 CHAT_OPERATORS = {                                      # by their names in Python's trees
@@ -1873,8 +1866,7 @@ CHAT_TREES = {                                          # given the running temp
 
 class ChatTemplate:
     def __init__(self, source):
-        if len(source) > 1 << 15:
-            chat_refuse("is longer than 32768 characters")
+        chat_refuse(len(source) > 1 << 15, "is longer than 32768 characters")
         self.steps, self.size, self.out, self.literals = CHAT_STEPS, 0, [], {}
         self.body = self.guarded(lambda: ast.parse(self.program(source)).body)
 
@@ -1892,9 +1884,9 @@ class ChatTemplate:
         try:
             return work()
         except (RecursionError, MemoryError):
-            chat_refuse("is nested too deeply")
+            chat_refuse(True, "is nested too deeply")
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, SyntaxError) as error:
-            chat_refuse("fails: %s", error)
+            chat_refuse(True, "fails: %s", error)
 
     # -- Reading: text, {{ }} and {% %} parts
 
@@ -1917,8 +1909,8 @@ class ChatTemplate:
             end = CHAT_ENDS[kind].match(source, at)
             while not end or len(ifs) > 1:      # a }} may also close two mappings
                 word = CHAT_WORD.match(source, at)
-                if not word or kind == "#" or len(words) > 1000:
-                    chat_refuse("has an unfinished or unreadable tag: %r", source[tag.start():][:40])
+                chat_refuse(not word or kind == "#" or len(words) > 1000,
+                            "has an unfinished or unreadable tag: %r", source[tag.start():][:40])
                 words.append(self.python(word.lastgroup, word.group(word.lastgroup), ifs))
                 if kind == "%" and len(words) == 1:     # the `if` of a `for` takes no `else`
                     ifs = [-1 if words == ["for"] else 0]
@@ -1958,8 +1950,7 @@ class ChatTemplate:
             if ends and name == ends[-1]:
                 ends.pop()
                 continue
-            if kind == "%" and name not in CHAT_STATEMENTS:
-                chat_refuse("uses the statement %r", name)
+            chat_refuse(kind == "%" and name not in CHAT_STATEMENTS, "uses the statement %r", name)
             line = {"text": repr(text), "{": "(%s)" % text}.get(kind) or CHAT_STATEMENTS[name] % rest
             if name == "set" and rest.isidentifier():
                 line = "with %s:" % rest        # its value is what the lines up to endset write
@@ -1967,9 +1958,8 @@ class ChatTemplate:
             if kind == "%" and line.endswith(":"):
                 ends += ["end" + name] if name not in ("elif", "else") else []
                 lines.append(" " * len(ends) + "pass")
-            if len(ends) > 50:
-                chat_refuse("is nested too deeply")
-        return chat_refuse("lacks %r", ends[-1]) if ends else "\n".join(lines)
+            chat_refuse(len(ends) > 50, "is nested too deeply")
+        return chat_refuse(True, "lacks %r", ends[-1]) if ends else "\n".join(lines)
 
     # -- Running: statements
 
@@ -1981,8 +1971,7 @@ class ChatTemplate:
 
     def write(self, text):
         self.size += len(text)
-        if self.size > CHAT_TEXT:
-            chat_refuse("writes too much")
+        chat_refuse(self.size > CHAT_TEXT, "writes too much")
         self.out.append(text)
 
     def captured(self, body, scope):
@@ -2018,8 +2007,8 @@ class ChatTemplate:
 
         def call(*values, **named):
             given, local = dict(zip(params, values), **named), dict(scope)
-            if len(values) > len(params) or set(named) - set(params):
-                chat_refuse("calls its macro %r with other arguments", tree.name)
+            chat_refuse(len(values) > len(params) or set(named) - set(params),
+                        "calls its macro %r with other arguments", tree.name)
             self.spend(len(scope) // 8)
             for name in params:
                 default = defaults.get(name, ast.Constant(...))
@@ -2032,15 +2021,14 @@ class ChatTemplate:
         if isinstance(target, ast.Name):
             scope[target.id] = value
         elif isinstance(target, ast.Tuple):
-            values = list(value)
-            if len(values) != len(target.elts):
-                chat_refuse("unpacks %d values into %d names", len(values), len(target.elts))
-            for name, v in zip(target.elts, values):
+            values, names = list(value), target.elts
+            chat_refuse(len(values) != len(names), "unpacks %d values into %d names", len(values), len(names))
+            for name, v in zip(names, values):
                 self.bind(scope, name, v)
         elif type(self.value(target.value, scope)) is ChatNames:
             self.value(target.value, scope)[target.attr] = value
         else:
-            chat_refuse("sets %r of what is no namespace", target.attr)
+            chat_refuse(True, "sets %r of what is no namespace", target.attr)
 
     # -- Running: expressions
 
@@ -2048,7 +2036,7 @@ class ChatTemplate:
         """The value of a tree; every step and every size is paid for."""
         kind = type(tree).__name__
         rule = CHAT_TREES.get(kind) or getattr(ChatTemplate, "value_" + kind, None)
-        return self.weighed(rule(self, tree, scope) if rule else chat_refuse("has a %s", kind))
+        return self.weighed(rule(self, tree, scope) if rule else chat_refuse(True, "has a %s", kind))
 
     def values(self, trees, scope):
         return [self.value(tree, scope) for tree in trees]
@@ -2056,27 +2044,26 @@ class ChatTemplate:
     def spend(self, steps):
         self.steps -= steps
         if self.steps < 0:
-            chat_refuse("takes too long")
+            chat_refuse(True, "takes too long")
 
     def weighed(self, value):
         size = len(value) if isinstance(value, (str, list, tuple, dict)) else 0
         self.spend(1 + (size >> 6 if isinstance(value, str) else size))
         if size > CHAT_TEXT or isinstance(value, int) and abs(value) >> 63:
-            chat_refuse("makes too large a value")
+            chat_refuse(True, "makes too large a value")
         return value
 
     def searched(self, text, word):
         """The text, paid for that a word is looked for in it, or put into it everywhere."""
         size = (len(text) + 1) * (len(word) + 1) if isinstance(text, str) and isinstance(word, str) else 0
         self.spend(size >> 8)
-        return chat_refuse("makes too large a value") if size >> 22 else text
+        return chat_refuse(True, "makes too large a value") if size >> 22 else text
 
     def operate(self, name, a, *b):
         if name in ("In", "NotIn"):
             self.searched(b[0], a)
-        if name in CHAT_COMPARISONS and isinstance(a, (list, tuple, dict)):
-            chat_refuse("compares a list")
-        return (CHAT_OPERATORS.get(name) or chat_refuse("uses the operator %s", name))(a, *b)
+        chat_refuse(name in CHAT_COMPARISONS and isinstance(a, (list, tuple, dict)), "compares a list")
+        return (CHAT_OPERATORS.get(name) or chat_refuse(True, "uses the operator %s", name))(a, *b)
 
     def value_BoolOp(self, tree, scope):
         for part in tree.values:
@@ -2111,14 +2098,14 @@ class ChatTemplate:
             return not self.filter("is_" + name[5:], value, *args, **named)
         if name in ("trim", "upper", "lower", "capitalize", "replace"):
             return self.method(chat_text(value), "strip" if name == "trim" else name, *args)
-        if name not in CHAT_FILTERS:
-            chat_refuse("uses the %s %r", *(("test", name[3:]) if name[:3] == "is_" else ("filter", name)))
+        what = ("test", name[3:]) if name.startswith("is_") else ("filter", name)
+        chat_refuse(name not in CHAT_FILTERS, "uses the %s %r", *what)
         return CHAT_FILTERS[name](self, value, *args, **named)
 
     def value_Call(self, tree, scope):
         function = self.value(tree.func, scope)
-        if not callable(function):
-            chat_refuse("needs the function %r", getattr(tree.func, "id", getattr(tree.func, "attr", "?")))
+        name = getattr(tree.func, "id", getattr(tree.func, "attr", "?"))
+        chat_refuse(not callable(function), "needs the function %r", name)
         named = {name.arg: self.value(name.value, scope) for name in tree.keywords}
         return function(*self.values(tree.args, scope), **named)
 
@@ -2130,15 +2117,14 @@ class ChatTemplate:
         """value.key or, as an item, value[key]: methods have precedence in the one, items in the other."""
         methods, names = CHAT_METHODS.get(type(value), ()), isinstance(value, dict)
         if value is UNDEFINED:
-            chat_refuse("asks for %r of a value that has none", chat_text(key)[:40])
+            chat_refuse(True, "asks for %r of a value that has none", chat_text(key)[:40])
         if names and (item or key not in methods) and (key in value or type(value) is ChatNames):
             return value.get(key, UNDEFINED)
         if isinstance(key, int) and isinstance(value, (str, list, tuple)):
             return value[key] if -len(value) <= key < len(value) else UNDEFINED
         if key in methods:
             return lambda *args: self.method(value, key, *args)
-        if isinstance(key, str) and hasattr(type(value), key):
-            chat_refuse("uses the method %r", key)
+        chat_refuse(isinstance(key, str) and hasattr(type(value), key), "uses the method %r", key)
         return UNDEFINED
 
     def method(self, value, name, *args):
@@ -2204,8 +2190,8 @@ def chat_candidates(program, special, texts, system):
         """What stands around the markers, and where the system text is among them."""
         text = program.render(chat_messages(head, *texts), special, generate)
         found = re.findall(marks, text)
-        if [f for f in found if f != system] != texts or found.count(system) > 1:
-            chat_refuse("does not write every text once and in order")
+        chat_refuse([f for f in found if f != system] != texts or found.count(system) > 1,
+                    "does not write every text once and in order")
         return re.split(marks, text), found.index(system) if system in found else None
 
     def shared(*strings):
@@ -2249,8 +2235,7 @@ def chat_candidates(program, special, texts, system):
                 chat["chat.system.default"] = text
             tidy = text == block[1] == "", -shared(user, block[1]), i < closing, abs(i - closing)
             found.append((tidy, chat))          # users begin like the system, answers end like users
-    if not found:
-        chat_refuse("begins its first turn in another way than the later ones")
+    chat_refuse(not found, "begins its first turn in another way than the later ones")
     return [chat for _, chat in sorted(found, key=lambda f: f[0])], place is not None
 
 
@@ -2554,8 +2539,8 @@ PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by
 HEAD_FILES = ("model.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "medusa_lm_head.safetensors")
 EXPECTED = ("expected: a Hugging Face folder, its name on the hub (org/name), a GGUF file or a .bin of "
             "llama2.c")
-FOREIGN = ((rb"\x80[\2-\5]|\(dp", PICKLED), (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF", "a picture or a sound"),
-           (rb"\x7fELF|MZ", "a program"),
+FOREIGN = ((rb"\Z", "an empty file"), (rb"\x80[\2-\5]|\(dp", PICKLED),
+           (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF", "a picture or a sound"), (rb"\x7fELF|MZ", "a program"),
            (rb"\x1f\x8b|BZh|7z|\xfd7zXZ", "a compressed file: unpack it first"),
            (rb"version ht", "a Git LFS pointer in place of the file: git lfs pull fetches it"),
            (rb"\s*<", "a web page, not the file that it leads to"), (rb"%PDF", "a document"),
@@ -2564,8 +2549,7 @@ FOREIGN = ((rb"\x80[\2-\5]|\(dp", PICKLED), (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF",
 
 def beside(folder, *names):
     """The first of these files that exists in the folder, or None."""
-    paths = [os.path.join(folder, name) for name in names]
-    return next((p for p in paths if os.path.isfile(p)), None)
+    return next((p for p in (os.path.join(folder, name) for name in names) if os.path.isfile(p)), None)
 
 
 def read_start(path):
@@ -2586,10 +2570,10 @@ def load_llama2c(model, path):
     model.kind = "llama2.c, version %d" % version
     model.meta.update(facts)
     collect(model, model.unused, (), False, None)
-    vocab = facts["vocab_size"]
-    found = model.options.tokenizer or beside(os.path.dirname(path), "tok%d.bin" % vocab, "tokenizer.bin")
-    if found and found != "none":
-        model.tokenizer = tokenizer_from_llama2c(read_small(found), vocab)
+    names = "tok%d.bin" % facts["vocab_size"], "tokenizer.bin"
+    found = model.options.tokenizer or beside(os.path.dirname(path), *names) or "none"
+    if found != "none":
+        model.tokenizer = tokenizer_from_llama2c(read_small(found), facts["vocab_size"])
 
 
 def load_gguf(model, path):
@@ -2608,20 +2592,20 @@ def load_folder(model, folder, weights=None):
     gguf = ["; give %s itself" % n for n in names if n.endswith(".gguf")]
     pickles = ["; %s: %s" % (n, PICKLED) for n in names
                if n.endswith((".bin", ".pt", ".pth")) and is_pickled(os.path.join(folder, n))]
-    check({"config.json", "params.json"} & set(names), folder or ".", "a folder without config.json%s", *(
-        gguf + pickles + ["; " + EXPECTED])[:1])
+    check({"config.json", "params.json"} & set(names), folder or ".", "a folder without config.json%s",
+          (gguf + pickles + ["; " + EXPECTED])[0])
     if "config.json" not in names:
         path = beside(folder, "consolidated.pth", "consolidated.00.pth")
         check(path and "consolidated.01.pth" not in names, folder, "no consolidated.pth here, or several")
         read_torch(path, model.unused)
         model.kind = "Meta"
-        model_from_meta(model, read_json(beside(folder, "params.json")), model.unused)
+        model_from_meta(model, read_json(os.path.join(folder, "params.json")), model.unused)
         return find_tokenizer(model, folder, {})
-    config, index = read_json(beside(folder, "config.json")), beside(folder, "model.safetensors.index.json")
+    config, index = read_json(os.path.join(folder, "config.json")), beside(folder, "model.safetensors.index.json")
     files = [weights or beside(folder, "model.safetensors", "pytorch_model.bin")]
     if index and not weights:
         files = [os.path.join(folder, name) for name in shard_names(index)]
-    check(files[0], folder, "no model.safetensors here%s", *(pickles + [""])[:1])
+    check(files[0], folder, "no model.safetensors here%s", (pickles + [""])[0])
     for name in files:
         read_weights(name, model.unused)
     model.kind = "Hugging Face, %d file%s" % (len(files), "s" if len(files) > 1 else "")
@@ -2630,18 +2614,19 @@ def load_folder(model, folder, weights=None):
 
 
 def find_tokenizer(model, folder, config):
-    def beside_json(name, key):
-        return read_json(beside(folder, name)).get(key) if beside(folder, name) else None
-    model.end_tokens = [config.get("eos_token_id"), beside_json("generation_config.json", "eos_token_id")]
+    """Of a folder: the tokenizer, the tokens that end a text, the chat template."""
+    generation, settings = (read_json(os.path.join(folder, name), {})
+                            for name in ("generation_config.json", "tokenizer_config.json"))
+    model.end_tokens = [config.get("eos_token_id"), generation.get("eos_token_id")]
     names = ("tokenizer.json", "tokenizer.model")
     given = model.options.tokenizer or beside(folder, *names) or "none"
     check(given == "none" or os.path.basename(given) in names, given, "this is none of %s", " ".join(names))
     if given != "none":
         model.tokenizer = tokenizer_from_hf(os.path.dirname(given) or ".", model.meta["vocab_size"])
-    template = beside_json("tokenizer_config.json", "chat_template")
+    template = settings.get("chat_template")
     if isinstance(template, list):                      # several, by name
-        template = next((t.get("template") for t in template if isinstance(t, dict)
-                         and t.get("name") == "default"), None)
+        named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = (named + [None])[0]
     if beside(folder, "chat_template.jinja"):
         template = read_small(beside(folder, "chat_template.jinja")).decode("utf-8", "replace")
     model.chat_template = template
@@ -2668,12 +2653,12 @@ def load(model, source, scratch):
         load_folder(model, source)
         return name
     if not os.path.exists(source):
-        on_hub = re.match(r"[\w.-]+/[\w.-]+(@[\w./-]+)?\Z", source, re.A)
+        on_hub = re.match(r"[\w.-]+/([\w.-]+)(@[\w./-]+)?\Z", source, re.A)
         check(on_hub and not source.endswith((".gguf", ".bin", ".safetensors")), source,
               "no such file or folder here; %s", EXPECTED)
         sys.stderr.write("  no file or folder here has this name: asking the hub\n")
         load_folder(model, download(source, model))
-        return source.split("@")[0].split("/")[1]
+        return on_hub[1]
     file = File(source)
     head = file.read(min(10, file.size))
     if head[:4] == b"PK\3\4":
@@ -2687,8 +2672,7 @@ def load(model, source, scratch):
         load_folder(model, os.path.dirname(source), source)
     else:
         found = [words for pattern, words in FOREIGN if re.match(pattern, head)]
-        found = ["an empty file"] if file.size == 0 else found
-        check(not found, source, "found %s; %s", found and found[0], EXPECTED)
+        check(not found, source, "found %s; %s", (found + [""])[0], EXPECTED)
         load_llama2c(model, source)
     return os.path.splitext(name)[0]
 
@@ -2719,12 +2703,11 @@ def load_heads(model, source, scratch):
     if os.path.isdir(source):
         folder, path = source, beside(source, *HEAD_FILES)
     check(path and os.path.isfile(path), source, "no draft heads here; expected: %s", " ".join(HEAD_FILES))
-    config = read_json(beside(folder, "config.json")) if beside(folder, "config.json") else {}
+    config = read_json(os.path.join(folder, "config.json"), {})
     trunk, model.meta["draft.trunk"] = load_trunk(model.options, scratch)
     model.meta["run.c"] = "heads 1"
     read_weights(path, model.unused)
-    medusa = any(re.match(r"(medusa_heads?\.)?0\.0\.linear\.|(medusa_heads?\.)?blocks\.0\.", name)
-                 for name in model.unused)
+    medusa = any(re.match(r"(medusa_heads?\.)?(0\.0\.linear|blocks\.0)\.", name) for name in model.unused)
     (medusa_heads if medusa else eagle_head)(model, config, model.unused, trunk)
     model.kind = "for %s" % os.path.basename(os.path.abspath(model.options.heads_for))
     return os.path.basename(os.path.abspath(source)) + "-heads"
@@ -2732,24 +2715,23 @@ def load_heads(model, source, scratch):
 
 def attach(model):
     """The tokenizer's tensors and metadata, the ids that end a generation, the chat format."""
-    m, ends, tokenizer = model.meta, [], model.tokenizer or {"special": {}}
+    m, ends = model.meta, set()
     if model.tokenizer:
-        m.update(tokenizer["meta"])
+        m.update(model.tokenizer["meta"])
         model.tensors = [Tensor(name, kind, shape, data=data) for name, (kind, shape, data)
-                         in tokenizer["tensors"].items()] + model.tensors
-        model.notes += tokenizer["notes"]
-        ends = [int(i) for i in m.pop("token.eos", "").split()]
-    for value in model.end_tokens:
-        for i in value if isinstance(value, list) else [value]:
-            if is_int(i, 0, m["vocab_size"] - 1):
-                ends.append(i)
-            elif i is not None:
-                model.notes.append("end token %s is none of the %d tokens" % (short(i), m["vocab_size"]))
+                         in model.tokenizer["tensors"].items()] + model.tensors
+        model.notes += model.tokenizer["notes"]
+        ends.update(map(int, m.pop("token.eos", "").split()))
+    for i in itertools.chain(*(value if isinstance(value, list) else [value] for value in model.end_tokens)):
+        if is_int(i, 0, m["vocab_size"] - 1):
+            ends.add(i)
+        elif i is not None:
+            model.notes.append("end token %s is none of the %d tokens" % (short(i), m["vocab_size"]))
     if ends:
-        m["token.eos"] = " ".join(map(str, sorted(set(ends))))
+        m["token.eos"] = " ".join(map(str, sorted(ends)))
     if isinstance(model.chat_template, str) and model.tokenizer:
         try:
-            m.update(chat_from_template(model.chat_template, tokenizer["special"]))
+            m.update(chat_from_template(model.chat_template, model.tokenizer["special"]))
             model.notes.append("chat: the model's template, as fixed texts around the turns")
         except Refused as error:
             model.notes.append("chat refused, generate works: %s" % error)
@@ -2762,10 +2744,9 @@ def describe(model):
     for t in model.tensors:
         if not t.name.startswith("tokenizer."):
             kinds.setdefault(t.kind, []).append(t.size)
-    weights = ("weights", ", ".join("%d %s (%s)" % (len(n), kind, bytes_text(sum(n)))
-                                    for kind, n in kinds.items()))
+    lines = [("weights", ", ".join("%d %s (%s)" % (len(n), kind, bytes_text(sum(n))) for kind, n in kinds.items()))]
     if model.options.heads_for:
-        lines = [("heads", "%s (%s)" % (m["name"], model.kind)), weights]
+        lines.insert(0, ("heads", "%s (%s)" % (m["name"], model.kind)))
     else:
         extra = [", %s %s" % (key, m[key]) for key in ("rope.attention_factor", "window") if key in m]
         merge = "BPE by " + m["tokenizer.merge"] if model.tokenizer else "no tokenizer: ids are the interface"
@@ -2775,15 +2756,15 @@ def describe(model):
                       "%(head_dim)d, %(n_kv_heads)d for keys and values" % m),
             ("positions", "context %d, RoPE base %s%s%s" % (
                 m["context_length"], m["rope.base"], ", scaled" * ("rope.freqs" in names), "".join(extra))),
-            weights,
-            ("output", "its own matrix" if "output.weight" in names else "tied to the embedding"),
+            *lines, ("output", "its own matrix" if "output.weight" in names else "tied to the embedding"),
             ("tokens", "%d, %s; end: %s" % (m["vocab_size"], merge, m.get("token.eos", "none")))]
     for i in range(m.get("draft.count", 0)):
-        h = {key[len("draft.%d." % i):]: value for key, value in m.items() if key.startswith("draft.%d." % i)}
+        prefix = "draft.%d." % i
+        layers = " " + m[prefix + "layers"] if prefix + "layers" in m else ""
         lines.append(("head %d" % i, "%s, reads %s%s, %d rows of %s" % (
-            h["kind"], h["state"], " " + h["layers"] if "layers" in h else "", h["vocab_size"],
-            "its own" if "draft.%d.output.weight" % i in names else "the trunk's")))
-    if not (model.tokenizer or model.options.heads_for) and model.options.tokenizer != "none":
+            m[prefix + "kind"], m[prefix + "state"], layers, m[prefix + "vocab_size"],
+            "its own" if prefix + "output.weight" in names else "the trunk's")))
+    if not (model.tokenizer or model.options.heads_for or model.options.tokenizer == "none"):
         lines.append(("note", "no tokenizer was found, so prompts will be lists of ids; --tokenizer FILE names one"))
     lines += [("note", n) for n in model.notes]
     lines += [("not used", "%s %s %s" % (t.name, t.kind, list(t.shape))) for t in model.unused.values()]
@@ -2803,10 +2784,10 @@ def export(options, scratch):
     m, out, run = model.meta, options.o or stem + ".bin", os.path.relpath(options.run)
     m["name"] = options.name or m.get("name", stem)
     if options.context is not None:
-        most = max([n for key, n in m.items() if key.endswith("context_length")], default=0)
-        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d",
-              options.context, most)
-        m.update({key: min(n, options.context) for key, n in m.items() if key.endswith("context_length")})
+        contexts = {key: n for key, n in m.items() if key.endswith("context_length")}
+        most = max(contexts.values(), default=0)
+        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d", options.context, most)
+        m.update((key, min(n, options.context)) for key, n in contexts.items())
     m.setdefault("source", os.path.basename(os.path.abspath(options.source)))
     if options.license:
         m["license"] = options.license
@@ -2834,22 +2815,23 @@ def export(options, scratch):
 def usage():
     p = argparse.ArgumentParser(prog="export.py", description=__doc__.split("\n\nStandard")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--version", action="version", version="export.py, writes model files of version 1")
-    p.add_argument("source", metavar="SOURCE", help="what to export")
-    p.add_argument("-o", metavar="FILE", help="the file to write (default: NAME.bin in this folder)")
-    p.add_argument("--tokenizer", metavar="FILE", help="its tokenizer, if not beside it; none: leave it out")
-    p.add_argument("--heads-for", metavar="TRUNK", help="SOURCE holds draft heads alone, made for this model")
-    p.add_argument("--no-heads", dest="heads", action="store_false", help="leave a model's draft heads out")
-    p.add_argument("--context", metavar="N", type=int, help="the longest text, if less than the model can")
-    p.add_argument("--name", metavar="TEXT", help="name of the model in the file")
-    p.add_argument("--license", metavar="TEXT", help="licence of the model in the file")
-    p.add_argument("--ignore", metavar="FIELD", action="append", default=[],
-                   help="a field of the configuration that does not matter (may be repeated)")
-    p.add_argument("--no-pack", dest="pack", action="store_false", help="keep quantised blocks as they are")
-    p.add_argument("--run", metavar="PATH", help="the program that packs (default: run beside export.py)",
-                   default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "run"))
-    p.add_argument("--cache", metavar="FOLDER", help="where downloads are kept (default: %(default)s)",
-                   default=os.path.join(os.path.expanduser("~"), ".cache", "run.c"))
+    add, here = p.add_argument, os.path.dirname(os.path.abspath(__file__))
+    add("--version", action="version", version="export.py, writes model files of version 1")
+    add("source", metavar="SOURCE", help="what to export")
+    add("-o", metavar="FILE", help="the file to write (default: NAME.bin in this folder)")
+    add("--tokenizer", metavar="FILE", help="its tokenizer, if not beside it; none: leave it out")
+    add("--heads-for", metavar="TRUNK", help="SOURCE holds draft heads alone, made for this model")
+    add("--no-heads", dest="heads", action="store_false", help="leave a model's draft heads out")
+    add("--context", metavar="N", type=int, help="the longest text, if less than the model can")
+    add("--name", metavar="TEXT", help="name of the model in the file")
+    add("--license", metavar="TEXT", help="licence of the model in the file")
+    add("--ignore", metavar="FIELD", action="append", default=[],
+        help="a field of the configuration that does not matter (may be repeated)")
+    add("--no-pack", dest="pack", action="store_false", help="keep quantised blocks as they are")
+    add("--run", metavar="PATH", default=os.path.join(here, "run"),
+        help="the program that packs (default: run beside export.py)")
+    add("--cache", metavar="FOLDER", default=os.path.join(os.path.expanduser("~"), ".cache", "run.c"),
+        help="where downloads are kept (default: %(default)s)")
     return p
 
 
