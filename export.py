@@ -19,34 +19,9 @@ become float32. What would change the computation and is not understood here is 
 not trusted: every count, offset and size is checked before it is used, and nothing is ever unpickled: the
 list of tensors in PyTorch's files is read by a reader that knows nothing else.
 """
-import argparse
-import ast
-import base64
-import functools
-import hashlib
-import http.client
-import io
-import itertools
-import json
-import keyword
-import math
-import operator
-import os
-import pickletools
-import re
-import shutil
-import signal
-import struct
-import subprocess
-import sys
-import tempfile
-import time
-import unicodedata
-import urllib.error
-import urllib.parse
-import urllib.request
-import zipfile
-import zlib
+import argparse, ast, base64, functools, hashlib, io, itertools, json, keyword, math, operator, os
+import pickletools, re, shutil, signal, struct, subprocess, sys, tempfile, time, unicodedata, zipfile, zlib
+import http.client, urllib.error, urllib.parse, urllib.request
 
 
 class Refused(Exception):
@@ -189,10 +164,9 @@ def parse_json(data, what):
         check(len(text) <= 400, what, "a number of %d digits", len(text))
         return int(text)
 
-    def constant(text):
-        refuse(True, "%s: %s is no number of JSON", what, text)
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole, parse_constant=constant)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole,
+                          parse_constant=lambda text: check(False, what, "%s is no number of JSON", text))
     except (ValueError, RecursionError) as error:       # also UnicodeDecodeError, JSONDecodeError
         raise Refused("%s: not valid JSON, or nested too deeply: %s" % (what, error))
 
@@ -1756,8 +1730,6 @@ def tokenizer_from_gguf(pairs, vocab_size):
     for name, token in (("bos_token", bos), ("eos_token", ends[0] if ends else None), ("unk_token", unknown)):
         if token in numbers:
             builder.ends(name, tokens[token], token)
-    if ends:
-        builder.meta["token.eos"] = " ".join("%d" % end for end in dict.fromkeys(ends))
     return builder.finish()
 
 
@@ -1819,14 +1791,11 @@ def chat_text(value):
     chat_refuse(True, "writes a list, a mapping or a function")
 
 
-def chat_remainder(a, b):
-    return a % b if isinstance(a, int) else chat_refuse(True, "calculates with a text")
-
-
 CHAT_OPERATORS = {                                      # by their names in Python's trees
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt,
     "GtE": operator.ge, "In": lambda a, b: a in b, "NotIn": lambda a, b: a not in b, "Not": operator.not_,
-    "Add": operator.add, "Sub": operator.sub, "USub": operator.neg, "Mod": chat_remainder,
+    "Add": operator.add, "Sub": operator.sub, "USub": operator.neg,
+    "Mod": lambda a, b: a % b if isinstance(a, int) else chat_refuse(True, "calculates with a text"),
     "MatMult": lambda a, b: chat_text(a) + chat_text(b)}
 CHAT_COMPARISONS = "Eq NotEq Lt LtE Gt GtE In NotIn".split()
 CHAT_FILTERS = {                                        # and tests, given the running template and a value
@@ -1839,11 +1808,10 @@ CHAT_FILTERS = {                                        # and tests, given the r
     "rejectattr": lambda run, v, key, test, *args: [
         x for x in v or () if not run.filter("is_" + test, run.member(x, key), *args)],
     "is_defined": lambda run, v: v is not UNDEFINED, "is_undefined": lambda run, v: v is UNDEFINED,
-    "is_true": lambda run, v: v is True, "is_false": lambda run, v: v is False,
+    "is_true": lambda run, v: v is True, "is_false": lambda run, v: v is False, "is_none": lambda run, v: v is None,
     "is_boolean": lambda run, v: isinstance(v, bool), "is_number": lambda run, v: isinstance(v, int),
-    "is_none": lambda run, v: v is None, "is_string": lambda run, v: isinstance(v, str),
-    "is_mapping": lambda run, v: isinstance(v, dict), "is_iterable": lambda run, v: hasattr(v, "__iter__"),
-    "is_sequence": lambda run, v: hasattr(v, "__len__"),
+    "is_string": lambda run, v: isinstance(v, str), "is_mapping": lambda run, v: isinstance(v, dict),
+    "is_iterable": lambda run, v: hasattr(v, "__iter__"), "is_sequence": lambda run, v: hasattr(v, "__len__"),
     "is_equalto": lambda run, a, b: run.operate("Eq", a, b)}
 CHAT_TREES = {                                          # given the running template, a tree and the scope
     "Constant": lambda run, t, s: UNDEFINED if t.value is ... else t.value,
@@ -1873,9 +1841,8 @@ class ChatTemplate:
     def render(self, messages, special, add_generation_prompt=True):
         """What transformers' apply_chat_template gives."""
         scope = {name: text for name, text in special.items() if text is not None}
-        scope.update(messages=messages, tools=None, documents=None, range=self.range,
-                     namespace=lambda **names: ChatNames(names), raise_exception=self.raised,
-                     add_generation_prompt=add_generation_prompt)
+        scope.update(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                     range=self.range, raise_exception=self.raised, namespace=lambda **names: ChatNames(names))
         self.out, self.size = [], 0
         self.guarded(lambda: self.run(self.body, scope))
         return "".join(self.out)
@@ -1995,8 +1962,7 @@ class ChatTemplate:
         around, count = [UNDEFINED] + values + [UNDEFINED], len(values)
         for i, value in enumerate(values):
             loop = ChatNames(index=i + 1, index0=i, first=i == 0, last=i == count - 1, length=count,
-                             revindex=count - i, revindex0=count - i - 1,
-                             previtem=around[i], nextitem=around[i + 2])
+                             revindex=count - i, revindex0=count - i - 1, previtem=around[i], nextitem=around[i + 2])
             if self.run(tree.body, inside(value, loop=loop)) == "break":
                 break
         return None if values else self.run(tree.orelse, scope)
@@ -2158,13 +2124,12 @@ def render_format(chat, messages):
     block = "" if head is None else get("system.before") + strip("system", head) + get("system.after")
     where = {"first": 0, "last": len(turns) - 1}.get(get("system.place"))   # the last turn is the user's
     out = get("begin") + (block if get("system.place") == "start" else "")
-    for i, turn in enumerate(turns):
-        role, text = turn["role"], strip(turn["role"], turn["content"])
-        if role == "assistant" and get("think.end") and get("think.end") in text:
-            text = text.split(get("think.end"))[-1]
-            text = {"newlines": text.lstrip("\n"), "space": text.strip()}.get(get("think.trim"), text)
+    for i, (role, text) in enumerate((turn["role"], strip(turn["role"], turn["content"])) for turn in turns):
         if role == "user":
             text = strip("turn", block + text if i == where else text)
+        elif get("think.end") and get("think.end") in text:
+            text = text.split(get("think.end"))[-1]
+            text = {"newlines": text.lstrip("\n"), "space": text.strip()}.get(get("think.trim"), text)
         out += get(role + ".before") + text + get(role + ".after")
     return out + get("generate")
 
