@@ -349,10 +349,10 @@ def read_torch(path, tensors):
 
 
 def read_weights(path, tensors):
-    if read_start(path) == b"PK":
-        return read_torch(path, tensors)
-    check(not is_pickled(path), path, PICKLED)
-    return read_safetensors(path, tensors)
+    if not is_pickled(path):
+        return read_safetensors(path, tensors)
+    check(read_start(path)[:2] == b"PK", path, PICKLED)
+    return read_torch(path, tensors)
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -2504,11 +2504,11 @@ PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by
 HEAD_FILES = ("model.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "medusa_lm_head.safetensors")
 EXPECTED = ("expected: a Hugging Face folder, its name on the hub (org/name), a GGUF file or a .bin of "
             "llama2.c")
-FOREIGN = ((rb"\Z", "an empty file"), (rb"\x80[\2-\5]|\(dp", PICKLED),
+FOREIGN = ((rb"\Z", "an empty file"), (rb"\x80[\2-\5](?!\0)|\(dp", PICKLED),
            (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF", "a picture or a sound"), (rb"\x7fELF|MZ", "a program"),
            (rb"\x1f\x8b|BZh|7z|\xfd7zXZ", "a compressed file: unpack it first"),
            (rb"version ht", "a Git LFS pointer in place of the file: git lfs pull fetches it"),
-           (rb"\s*<", "a web page, not the file that it leads to"), (rb"%PDF", "a document"),
+           (rb"\s*<[!?a-zA-Z]", "a web page, not the file that it leads to"), (rb"%PDF", "a document"),
            (rb"\s*[{\[]\s*[\"\]}\[{0-9-]", "JSON; give the folder that it is in"), (rb"[\t-\r -~]{10}", "a text"))
 
 
@@ -2520,14 +2520,15 @@ def beside(folder, *names):
 def read_start(path):
     try:
         with open(path, "rb") as file:
-            return file.read(2)
+            return file.read(10)
     except OSError:
         return b""
 
 
 def is_pickled(path):
-    """Whether PyTorch wrote it: a zip file, or pickles one after the other."""
-    return read_start(path) in (b"PK", b"\x80\2", b"\x80\3", b"\x80\4")
+    """Whether PyTorch wrote it: a zip file, or pickles one after the other. A safetensors file may begin with the
+    same bytes, as it begins with a length, but its header with the ninth."""
+    return re.match(rb"PK|\x80[\2-\4]", read_start(path)) and read_start(path)[8:9] != b"{"
 
 
 def load_llama2c(model, path):
