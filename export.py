@@ -1045,10 +1045,10 @@ GKnH$1^^fzoZ$ND28qAAg48y%$|WCw1P&2*e!W3cdUE66@8~y^7=X%41uuhI4!bKnyv7YF_`nP9LNG+;
 v}@on}Q^A#VjFwU!f7JD_#Xxb;v&b3T2i*wYG*al=vO@A<a?`Y*GIg*s#>S-NgEa;U+H{hWOen$*Mpp8zRkExC70c=Wp?*Jl6K1)jpk!`3H1qId4kix#ym
 xKY5wK3;I{(Qx0`fzm-eyij6ShR`||8aNA?N&f81A&k1?$8KO_bZ-%SC=kbeU_h;fKwt7GLVE<M5;gRplU(#>a?bY#>7f=6_zWwj?Uq@5(1O"""
 NFC_POINTS = """
-c-j?@KS*0~9K`Rw-{0@|9#5Yy=_0Z557r{VE<%zLTIv!?99+anP*iB86m_sgiiAQYL6AVIw1Eh9$kIuxP9knDl9bLZ2reQBI=S|h<GA7A!`&GV
-Z2->-M0(otmHF|%94dUL|D^kweA?s;B8e!Ng2Ew*PEpLpxq?n;+&o8K*J0uFt??*Y)-n=iTDo+Jkxq;RX@4+ChnQRZW#!1j0Cw4NK~yP!$WmG{
-8jimj-e3{mm^o+8)kUp7jqSyw{;N;3(j}o<d88tqvdw|KU8(9pgqo2pV!r=}vArex=Kh8iZVOI{^y*xA$7Bu<M6J$S(Ram^n3%^{{%;$#JX{ew
-G__DNV$mco0~B7o&W>Rsc+a2YWc)tmjA_w)^dIOxV~rp1CBS}z=B2ydBhE4l70StDCkb^i*))@G*&R1b!~6q2uRd4"""
+c-j?@KS*0~9K`Rw-{0@|9#5Yy=_0Z557r{VE<%zLTIv!?99+anP*iB86m_sgiiAQYL6AVIw1Eh9$kIuxP9knDl9bLZ2reQBI=S|h<GA7A!`&GVZ2->-M0(
+otmHF|%94dUL|D^kweA?s;B8e!Ng2Ew*PEpLpxq?n;+&o8K*J0uFt??*Y)-n=iTDo+Jkxq;RX@4+ChnQRZW#!1j0Cw4NK~yP!$WmG{8jimj-e3{mm^o+8)
+kUp7jqSyw{;N;3(j}o<d88tqvdw|KU8(9pgqo2pV!r=}vArex=Kh8iZVOI{^y*xA$7Bu<M6J$S(Ram^n3%^{{%;$#JX{ewG__DNV$mco0~B7o&W>Rsc+a2
+YWc)tmjA_w)^dIOxV~rp1CBS}z=B2ydBhE4l70StDCkb^i*))@G*&R1b!~6q2uRd4"""
 CATEGORIES = "Lu Ll Lt Lm Lo M Nd Nl No Pc P S Z C".split()     # those told apart; P: punctuation but Pc
 END = 0x110000                                          # the end of the text, as if it were a character
 ANY = (1 << END + 1) - 1                                # a set of code points: an integer with a bit for each
