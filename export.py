@@ -19,42 +19,22 @@ become float32. What would change the computation and is not understood here is 
 not trusted: every count, offset and size is checked before it is used, and nothing is ever unpickled: the
 list of tensors in PyTorch's files is read by a reader that knows nothing else.
 """
-import argparse
-import ast
-import base64
-import functools
-import hashlib
-import http.client
-import itertools
-import json
-import keyword
-import math
-import operator
-import os
-import pickletools
-import re
-import shutil
-import signal
-import struct
-import subprocess
-import sys
-import tempfile
-import time
-import unicodedata
-import urllib.error
-import urllib.parse
-import urllib.request
-import zipfile
-import zlib
+import argparse, ast, base64, functools, hashlib, io, itertools, json, keyword, math, operator, os
+import pickletools, re, shutil, signal, struct, subprocess, sys, tempfile, time, unicodedata, zipfile, zlib
+import http.client, urllib.error, urllib.parse, urllib.request
 
 
 class Refused(Exception):
     """What the exporter cannot do, as a sentence."""
 
 
+def refuse(when, sentence, *values):
+    if when:
+        raise Refused(sentence % values)
+
+
 def check(good, where, sentence, *values):
-    if not good:
-        raise Refused("%s: %s" % (where, sentence % values))
+    refuse(not good, "%s: " + sentence, where, *values)
 
 
 # ---- Readers -------------------------------------------------------------------------------------
@@ -65,6 +45,7 @@ CHUNK = 1 << 20                                         # bytes that are copied 
 HEADER_LIMIT = 100 << 20                                # JSON in front of a safetensors file
 PLAIN = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # weights and bytes of a block
 INTEGERS = {"I64": (1, 8), "I32": (1, 4), "BOOL": (1, 1)}
+NUMBERS = {**PLAIN, **INTEGERS}
 BLOCKS = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
           "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
           "IQ4_NL": (32, 18), "IQ4_XS": (256, 136)}
@@ -105,18 +86,19 @@ class Tensor:
 
     def __init__(self, name, kind, shape, file=None, at=0, block=None, data=b"", parts=None):
         self.name, self.kind, self.shape, self.block = name, kind, tuple(shape), block
-        self.file, self.at, self.data = file, at, data
+        self.file, self.at = file or io.BytesIO(data), at
         self.size = math.prod(shape) // block[0] * block[1] if block else len(data)
         self.raw = block is not None and block[0] > 1   # quantised: ./run must pack it
         self.parts = parts or [(0, self.size)]          # the bytes of a tensor that is part of another one
 
-    def chunks(self, most=CHUNK):
+    def chunks(self, most=0):
         for begin, end in self.parts:
-            for at in range(begin, end, most):
-                n = min(most, end - at)
-                if self.file:
-                    self.file.seek(self.at + at)
-                yield self.file.read(n) if self.file else self.data[at:at + n]
+            for at in range(begin, end, most or CHUNK):
+                self.file.seek(self.at + at)
+                yield self.file.read(min(most or CHUNK, end - at))
+
+    def bytes(self):
+        return b"".join(self.chunks())
 
     def part(self, name, rows, first, columns):
         """Some rows and columns of this matrix."""
@@ -124,34 +106,33 @@ class Tensor:
         check(first % size == 0 and columns % size == 0, self.name,
               "cut at column %d, inside a block of %s", first or columns, self.kind)
         row, begin, n = (x // size * width for x in (self.shape[1], first, columns))
-        return Tensor(name, self.kind, (len(rows), columns), self.file, self.at, self.block, self.data,
-                      [(i * row + begin, i * row + begin + n) for i in rows])
+        return Tensor(name, self.kind, (len(rows), columns), self.file, self.at, self.block,
+                      parts=[(i * row + begin, i * row + begin + n) for i in rows])
 
-    def as_f32(self, plus=0):
-        """This vector in float32, with a number added."""
+    def numbers(self):
         check(self.kind in PLAIN, self.name, "a vector of type %s; known: %s", self.kind, " ".join(PLAIN))
-        data = widened(self.kind, b"".join(self.chunks()))
-        if plus:
-            form = "<%df" % self.shape
-            data = struct.pack(form, *(x + plus for x in struct.unpack(form, data)))
-        return Tensor(self.name, "F32", self.shape, data=data)
+        return floats(self.kind, self.bytes())
+
+    def as_f32(self):
+        return self if self.kind == "F32" else f32_tensor(self.name, self.numbers())
 
     def as_ints(self):
         check(self.kind in INTEGERS and len(self.shape) == 1, self.name, "a list of integers was expected")
-        form = "<%d%s" % (self.shape[0], {"I64": "q", "I32": "i", "BOOL": "?"}[self.kind])
-        return list(struct.unpack(form, b"".join(self.chunks())))
+        code = {"I64": "q", "I32": "i", "BOOL": "?"}[self.kind]
+        return list(struct.unpack("<%d%s" % (*self.shape, code), self.bytes()))
 
 
-def widened(kind, data):
-    """Numbers of a plain type in float32."""
-    if kind == "F16":
-        n = len(data) // 2
-        return struct.pack("<%df" % n, *struct.unpack("<%de" % n, data))
+def f32_tensor(name, values):
+    return Tensor(name, "F32", (len(values),), data=struct.pack("<%df" % len(values), *values))
+
+
+def floats(kind, data):
+    """Numbers of a plain type."""
     if kind == "BF16":                                  # the upper half of a float32
         wide = bytearray(2 * len(data))
         wide[2::4], wide[3::4] = data[::2], data[1::2]
-        return bytes(wide)
-    return data
+        data = bytes(wide)
+    return struct.unpack("<%d%s" % (len(data) // (2 if kind == "F16" else 4), "e" if kind == "F16" else "f"), data)
 
 
 def is_copy(a, b):
@@ -160,12 +141,9 @@ def is_copy(a, b):
         return None
     if a.shape != b.shape or a.kind == b.kind:
         return a.shape == b.shape and all(x == y for x, y in zip(a.chunks(), b.chunks()))
-    for pair in zip(*(t.chunks(t.block[1] << 16) for t in (a, b))):
-        x, y = (widened(t.kind, data) for t, data in zip((a, b), pair))
-        numbers = () if x == y else zip(*(struct.unpack("<%df" % (len(x) // 4), data) for data in (x, y)))
-        if any(abs(p - q) > abs(p) / 256 + 2.0 ** -24 for p, q in numbers):
-            return False
-    return True
+    pairs = zip(*(t.chunks(t.block[1] << 16) for t in (a, b)))
+    return not any(abs(p - q) > abs(p) / 256 + 2.0 ** -24 for x, y in pairs
+                   for p, q in zip(floats(a.kind, x), floats(b.kind, y)))
 
 
 def is_int(value, low, high):
@@ -179,19 +157,16 @@ def is_ints(values, high):
 def parse_json(data, what):
     """JSON without its traps: names that occur twice, NaN, endless numbers, deep nesting."""
     def once(pairs):
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a name occurs twice in one object")
+        check(len(dict(pairs)) == len(pairs), what, "a name occurs twice in one object")
         return dict(pairs)
 
     def whole(text):
-        if len(text) > 400:
-            raise ValueError("a number of %d digits" % len(text))
+        check(len(text) <= 400, what, "a number of %d digits", len(text))
         return int(text)
 
-    def no_number(text):
-        raise ValueError("%s is no number of JSON" % text)
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole, parse_constant=no_number)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole,
+                          parse_constant=lambda text: check(False, what, "%s is no number of JSON", text))
     except (ValueError, RecursionError) as error:       # also UnicodeDecodeError, JSONDecodeError
         raise Refused("%s: not valid JSON, or nested too deeply: %s" % (what, error))
 
@@ -202,7 +177,10 @@ def read_small(path):
     return file.read(file.size)
 
 
-def read_json(path):
+def read_json(path, missing=None):
+    """A JSON object; missing: what it is where there is no such file."""
+    if missing is not None and not os.path.exists(path):
+        return missing
     value = parse_json(read_small(path), path)
     check(isinstance(value, dict), path, "a JSON object was expected")
     return value
@@ -224,11 +202,10 @@ def read_safetensors(path, tensors):
               and is_ints(span, room) and len(span) == 2 and span[0] <= span[1], path,
               "tensor %s has no valid dtype, shape and offsets in a file of %d bytes", name, file.size)
         check(name not in tensors, path, "tensor %s occurs in two files", name)
-        block = PLAIN.get(kind) or INTEGERS.get(kind)
-        t = tensors[name] = Tensor(name, kind, shape, file, start + span[0], block)
+        t = tensors[name] = Tensor(name, kind, shape, file, start + span[0], NUMBERS.get(kind))
         check(not t.block or t.size == span[1] - span[0], path, "tensor %s, %s %s, has %d bytes",
               name, kind, shape, span[1] - span[0])
-        spans.append((span[0], span[1], name))
+        spans.append((*span, name))
     end = 0
     for begin, after, name in sorted(spans) + [(room, room, "the end of the file")]:
         check(begin == end, path, "%s begins at %d, where %d was expected", name, begin, end)
@@ -239,12 +216,11 @@ def read_safetensors(path, tensors):
 def shard_names(index):
     """The files that model.safetensors.index.json names; no name may lead out of its folder."""
     table = read_json(index).get("weight_map")
-    files = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
-    for name in files:
-        check(re.match(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors\Z", name), index,
+    check(table and isinstance(table, dict), index, "no weight_map")
+    for name in table.values():
+        check(re.match(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors\Z", str(name)), index,
               "%s is no name of a file in its folder", short(name))
-    check(files, index, "no weight_map")
-    return files
+    return sorted(set(table.values()))
 
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError,
@@ -265,11 +241,13 @@ def follow_pickle(data, path, storage, tensor):
     stack, memo, mark = [], {}, object()
     constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": mark}
 
-    def after_mark():
+    def popped(count):
+        """The last values, in their order; count 0: those after the mark."""
         items = []
-        while stack[-1] is not mark:
+        while len(items) < count if count else stack[-1] is not mark:
             items.append(stack.pop())
-        stack.pop()
+        if not count:
+            stack.pop()
         return items[::-1]
 
     for op, value, at in pickletools.genops(data):
@@ -279,8 +257,8 @@ def follow_pickle(data, path, storage, tensor):
         elif name in ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"):
             stack.append(value)
         elif name == "GLOBAL":
-            check(value in STORAGES or value in (ORDERED_DICT, REBUILD), path, "its pickle wants %s, which "
-                  "is no part of a list of tensors; nothing of it was run", short(value))
+            check(value in (*STORAGES, ORDERED_DICT, REBUILD), path,
+                  "its pickle wants %s, which is no part of a list of tensors; nothing of it was run", short(value))
             stack.append(Global(value))
         elif name == "EMPTY_DICT":
             stack.append({})
@@ -289,26 +267,25 @@ def follow_pickle(data, path, storage, tensor):
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[value])
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(name[5:] or 0)
-            stack.append(tuple([stack.pop() for _ in range(n)][::-1] if n else after_mark()))
+            stack.append(tuple(popped(int(name[5:] or 0))))
         elif name == "BINPERSID":
             stack.append(storage(*stack.pop()))
         elif name == "REDUCE":
-            values, what = stack.pop(), stack.pop()
-            if type(what) is not Global or what != REBUILD and (what != ORDERED_DICT or values != ()):
-                raise ValueError("a call of something else at %d" % at)
+            what, values = popped(2)
+            check(type(what) is Global and (what == REBUILD or what == ORDERED_DICT and values == ()), path,
+                  "its pickle has a call of something else at %d", at)
             stack.append(tensor(*values) if what == REBUILD else {})
         elif name in ("SETITEM", "SETITEMS"):
-            items = after_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
-            if not all(type(key) is str for key in items[::2]) or len(items) % 2:
-                raise ValueError("keys that are no texts at %d" % at)
+            items = popped(0 if name == "SETITEMS" else 2)
+            check(all(type(key) is str for key in items[::2]) and len(items) % 2 == 0, path,
+                  "its pickle has keys that are no texts at %d", at)
             stack[-1].update(zip(items[::2], items[1::2]))
         elif name == "BUILD":                           # attributes of the dictionary below it
             stack.pop()
         elif name == "STOP":
             return stack.pop()
-        elif name != "PROTO":
-            raise ValueError("the operation %s at %d" % (name, at))
+        else:
+            check(name == "PROTO", path, "its pickle has the operation %s at %d", name, at)
 
 
 def read_torch(path, tensors):
@@ -317,7 +294,7 @@ def read_torch(path, tensors):
     file, members = File(path), {}
 
     def place(name):
-        """Where a member's bytes are, and how many."""
+        """Goes to the bytes of a member; returns how many there are."""
         info = members.get(name)
         check(info, path, "no %s in it", short(name))
         check(0 <= info.header_offset <= file.size and info.compress_type == zipfile.ZIP_STORED
@@ -325,26 +302,24 @@ def read_torch(path, tensors):
               "%s is compressed, encrypted or not there", short(name))
         file.seek(info.header_offset)
         magic, name_size, extra_size = file.unpack("4s22xHH")
-        at = file.at + name_size + extra_size
-        check(magic == b"PK\3\4" and info.file_size <= file.size - at, path, "%s does not fit into the file: "
-              "it may be incomplete", short(name))
-        return at, info.file_size
+        file.seek(file.at + name_size + extra_size)
+        check(magic == b"PK\3\4" and info.file_size <= file.size - file.at, path,
+              "%s does not fit into the file: it may be incomplete", short(name))
+        return info.file_size
 
     def storage(tag, kind, key, _, n):
-        if tag != "storage" or type(kind) is not Global or kind not in STORAGES or type(key) is not str:
-            raise ValueError("a storage of an unknown kind")
-        block = INTEGERS.get(STORAGES[kind]) or PLAIN[STORAGES[kind]]
-        at, size = place(root + "data/" + key)
-        check(is_int(n, 0, size) and n * block[1] == size, path, "a storage of %s weights has %d bytes",
-              short(n) if is_int(n, 0, 1 << 62) else "unknown many", size)
-        return Tensor("", STORAGES[kind], (n,), file, at, block)
+        check(tag == "storage" and type(kind) is Global and kind in STORAGES and type(key) is str, path,
+              "a storage of an unknown kind")
+        size, block = place(root + "data/" + key), NUMBERS[STORAGES[kind]]
+        check(is_int(n, 0, size) and n * block[1] == size, path,
+              "a storage has %d bytes, not those of the weights it is listed with", size)
+        return Tensor("", STORAGES[kind], (n,), file, file.at, block)
 
     def tensor(where, first, shape, strides, *_):
-        n = where.size // where.block[1]
-        if not (is_ints(list(shape), 1 << 48) and is_ints(list(strides), 1 << 48) and len(shape) <= 8
-                and len(strides) == len(shape) and is_int(first, 0, n) and math.prod(shape) <= n - first):
-            raise ValueError("a tensor that does not lie within its storage")
-        step = 1
+        n, step = where.size // where.block[1], 1
+        check(is_ints(list(shape), 1 << 48) and is_ints(list(strides), 1 << 48) and len(shape) <= 8
+              and len(strides) == len(shape) and is_int(first, 0, n) and math.prod(shape) <= n - first, path,
+              "a tensor that does not lie within its storage")
         for size, stride in list(zip(shape, strides))[::-1]:
             check(stride == step or size <= 1, path, "a tensor of shape %s that is stored in another order: "
                   "save it again, .contiguous()", list(shape))
@@ -359,11 +334,10 @@ def read_torch(path, tensors):
         check(len(lists) == 1 and len(members) == len(infos), path, "no zip file of torch.save")
         root = lists[0][:-len("data.pkl")]
         if root + "byteorder" in members:
-            file.seek(place(root + "byteorder")[0])
+            place(root + "byteorder")
             check(file.read(6) == b"little", path, "its numbers have the other byte order")
-        at, size = place(lists[0])
+        size = place(lists[0])
         check(size <= PICKLE_LIMIT, path, "a list of tensors of %d bytes", size)
-        file.seek(at)
         found = follow_pickle(file.read(size), path, storage, tensor)
     except ZIP_ERRORS + (OSError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise Refused("%s: no sound zip file of torch.save: %s" % (path, short(str(error))))
@@ -375,9 +349,10 @@ def read_torch(path, tensors):
 
 
 def read_weights(path, tensors):
-    zipped = read_start(path) == b"PK"
-    check(zipped or not is_pickled(path), path, PICKLED)
-    return (read_torch if zipped else read_safetensors)(path, tensors)
+    if not is_pickled(path):
+        return read_safetensors(path, tensors)
+    check(read_start(path)[:2] == b"PK", path, PICKLED)
+    return read_torch(path, tensors)
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -434,6 +409,12 @@ def read_gguf(path, tensors):
     return pairs
 
 
+LLAMA2C_ORDER = (                                       # of version 0, of the others; then the output matrix
+    "token_embd attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_down ffn_up output_norm cosines "
+    "sines",
+    "attn_norm ffn_norm output_norm token_embd attn_q attn_k attn_v attn_output ffn_gate ffn_down ffn_up")
+
+
 def read_llama2c(path, tensors):
     """karpathy/llama2.c, all versions: seven numbers, then tensors of known shapes in a known order."""
     file, version, group = File(path), 0, 1
@@ -455,19 +436,14 @@ def read_llama2c(path, tensors):
          "norm.eps": "1e-05", "rope.base": "10000.0", "rope.pairing": "interleaved"}
     shapes = dict(layer_shapes(m), token_embd=(vocab, dim), output_norm=(dim,), output=(vocab, dim))
     shapes["cosines"] = shapes["sines"] = (context, dim // heads // 2)      # run.c computes them
-    attention, mlp = "attn_q attn_k attn_v attn_output", "ffn_gate ffn_down ffn_up"
-    order = "token_embd attn_norm %s ffn_norm %s output_norm cosines sines"
-    if version:
-        order = "attn_norm ffn_norm output_norm token_embd %s %s"
-    for kind in (order % (attention, mlp)).split() + ([] if shared else ["output"]):
-        shape, block, dtype = shapes[kind], PLAIN["F32"], "F32"
-        if version == 2 and len(shape) == 2:            # norms stay float32
-            block, dtype = (group, group + 4), "LLAMA2C_Q8:%d" % group
+    order = LLAMA2C_ORDER[version > 0].split() + ([] if shared else ["output"])
+    for kind, shape in ((kind, shapes[kind]) for kind in order):
+        quantised = version == 2 and len(shape) == 2    # norms stay float32
         layered = kind.startswith(("attn", "ffn"))
-        for i in range(layers if layered else 1):
-            name = ("blk.%d." % i if layered else "") + kind + ".weight"
-            t = tensors[name] = Tensor(name, dtype, shape, file, file.at, block)
-            check(math.prod(shape) % block[0] == 0 and t.size <= file.size - file.at, path,
+        for name in ["blk.%d.%s.weight" % (i, kind) for i in range(layers)] if layered else [kind + ".weight"]:
+            t = tensors[name] = Tensor(name, "LLAMA2C_Q8:%d" % group if quantised else "F32", shape, file, file.at,
+                                       (group, group + 4) if quantised else PLAIN["F32"])
+            check(math.prod(shape) % t.block[0] == 0 and t.size <= file.size - file.at, path,
                   "the file ends inside %s: incomplete, or not one of llama2.c's", name)
             file.seek(file.at + t.size)
     check(file.at == file.size, path, "%d bytes follow the last tensor of llama2.c's", file.size - file.at)
@@ -489,7 +465,7 @@ class Model:
 
 
 class Fields:
-    """The fields of a configuration, each checked when it is taken; what is left is refused at the end."""
+    """The fields of a configuration, each checked when taken; what is left is refused at the end."""
 
     def __init__(self, what, table, prefix=""):
         self.what, self.table, self.prefix, self.taken = what, table, prefix, set()
@@ -506,10 +482,9 @@ class Fields:
         check(value is not None, self.what, "%s%s is missing", self.prefix, key)
         if kind is float and is_int(value, low, high):
             value = float(value)
-        good, limits = type(value) is kind, ""
-        if kind in (int, float):
-            good, limits = good and low <= value <= high, " from %g to %g" % (low, high)
-        check(good, self.what, "%s = %s; expected: %s%s", key, short(value), kind.__name__, limits)
+        number = kind in (int, float)
+        check(type(value) is kind and (not number or low <= value <= high), self.what, "%s = %s; expected: %s%s",
+              key, short(value), kind.__name__, " from %g to %g" % (low, high) if number else "")
         return value
 
     def size(self, key, default=None, high=1 << 24):
@@ -600,10 +575,9 @@ def collect(model, tensors, biases, qk_norm, tied, rename=str, heads=0):
     tied: whether output.weight is the embedding; None: if it is absent. heads: how many are announced."""
     def put(name, shape):
         model.tensors.append(take(tensors, rename(name), name, shape))
-        return model.tensors[-1]
 
     m = model.meta
-    embedding = put("token_embd.weight", (m["vocab_size"], m["dim"]))
+    put("token_embd.weight", (m["vocab_size"], m["dim"]))
     for i in range(m["n_layers"]):
         for kind, shape in layer_shapes(m).items():
             if qk_norm or kind not in ("attn_q_norm", "attn_k_norm"):
@@ -612,7 +586,8 @@ def collect(model, tensors, biases, qk_norm, tied, rename=str, heads=0):
                 put("blk.%d.%s.bias" % (i, kind), shape[:1])
     put("output_norm.weight", (m["dim"],))
     if rename("output.weight") in tensors or tied is False:
-        output = put("output.weight", embedding.shape)
+        put("output.weight", (m["vocab_size"], m["dim"]))
+        embedding, output = model.tensors[0], model.tensors[-1]
         if output.kind == embedding.kind and is_copy(output, embedding):
             model.tensors.pop()                         # stored once
         else:
@@ -628,9 +603,12 @@ def scaled_rope(model, rule, f, freqs, base):
         return f.take(key, float, default, 1e-6, 1e9)
 
     def divided(divisors):
-        check(len(divisors) == len(freqs) and all(type(d) in (int, float) and 1e-6 <= d <= 1e9
-              for d in divisors), f.what, "%d RoPE factors are needed, from 1e-6 to 1e9", len(freqs))
+        check(len(divisors) == len(freqs) and all(type(d) in (int, float) and 1e-6 <= d <= 1e9 for d in divisors),
+              f.what, "%d RoPE factors are needed, from 1e-6 to 1e9", len(freqs))
         return [x / d for x, d in zip(freqs, divisors)]
+
+    def ramp(values):
+        return [min(1.0, max(0.0, value)) for value in values]
 
     if f.what == "rope_freqs.weight":                   # GGUF's form of llama3: the divisors themselves
         return divided(f.take("factors", list)), 1.0
@@ -642,28 +620,28 @@ def scaled_rope(model, rule, f, freqs, base):
         number("factor")
         return freqs, 1.0
     old = number("original_max_position_embeddings", context)
-    if rule in ("longrope", "su"):
-        # Texts up to the original context have divisors of their own; transformers changes over when a text
-        # grows longer. A file has one table: that of the longest text which fits its context.
-        short, long = f.take("short_factor", list), f.take("long_factor", list)
-        by = number("factor", context / old)
-        more = (model.options.context or context) > old
-        model.notes.append("LongRoPE: the factors for %s" % (
-            "texts of more than %d positions; shorter: --context %d" % (old, old) if more else "short texts"))
-        return divided(long if more else short), number(
-            "attention_factor", math.sqrt(1 + math.log(by) / math.log(old)) if by > 1 and old > 1 else 1.0)
     if rule == "llama3":
         by, low, high = number("factor"), number("low_freq_factor"), number("high_freq_factor")
         check(high > low, f.what, "high_freq_factor must be above low_freq_factor")
-        kept = [min(1.0, max(0.0, (old * x / (2 * math.pi) - low) / (high - low))) for x in freqs]
+        kept = ramp((old * x / (2 * math.pi) - low) / (high - low) for x in freqs)
         return [x * (k + (1 - k) / by) for x, k in zip(freqs, kept)], 1.0
-    by, dims = number("factor", context / old), 2 * len(freqs)
+    by = number("factor", context / old)
+    if rule in ("longrope", "su"):
+        # Texts up to the original context have divisors of their own; transformers changes over when a text
+        # grows longer. A file has one table: that of the longest text which fits its context.
+        short_texts, long_texts = f.take("short_factor", list), f.take("long_factor", list)
+        more = (model.options.context or context) > old
+        model.notes.append("LongRoPE: the factors for %s" % (
+            "texts of more than %d positions; shorter: --context %d" % (old, old) if more else "short texts"))
+        attention = math.sqrt(1 + math.log(by) / math.log(old)) if by > 1 and old > 1 else 1.0
+        return divided(long_texts if more else short_texts), number("attention_factor", attention)
     check(base > 1, f.what, "YaRN needs a base above 1")
+    dims = 2 * len(freqs)
     first, last = (dims * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(base))
                    for turns in (number("beta_fast", 32.0), number("beta_slow", 1.0)))
     first, last = max(math.floor(first), 0), min(math.ceil(last), dims - 1)
-    ramp = [min(1.0, max(0.0, (i - first) / (last - first or 0.001))) for i in range(len(freqs))]
-    return ([x * (1 - r) + x / by * r for x, r in zip(freqs, ramp)],
+    share = ramp((i - first) / (last - first or 0.001) for i in range(len(freqs)))
+    return ([x * (1 - r) + x / by * r for x, r in zip(freqs, share)],
             number("attention_factor", 1 + 0.1 * math.log(max(by, 1))))
 
 
@@ -678,8 +656,7 @@ def rope(model, rule, scaling, base, dims):
         model.meta["rope.attention_factor"] = repr(attention)
     check(all(0 <= x <= 16 for x in freqs), scaling.what, "frequencies above 16 radians a position")
     if rule not in ("default", "dynamic"):
-        data = struct.pack("<%df" % len(freqs), *freqs)
-        model.tensors.append(Tensor("rope.freqs", "F32", (len(freqs),), data=data))
+        model.tensors.append(f32_tensor("rope.freqs", freqs))
 
 
 SIZES = (                                               # ours, Hugging Face's, GGUF's
@@ -693,12 +670,10 @@ SIZES = (                                               # ours, Hugging Face's, 
 
 def take_sizes(m, fields, column, defaults):
     for names in SIZES:
-        name, default = names[0], defaults.get(names[0])
-        if name == "n_kv_heads":
-            default = default or m["n_heads"]
-        if name == "head_dim":
-            default = default or m["dim"] // m["n_heads"]
-        m[name] = fields.size(names[column], default, 1 << (16 if name in ("n_layers", "head_dim") else 24))
+        if names[0] == "n_kv_heads":                    # the ones before it are known by now
+            defaults = dict({"n_kv_heads": m["n_heads"], "head_dim": m["dim"] // m["n_heads"]}, **defaults)
+        limit = 1 << (16 if names[0] in ("n_layers", "head_dim") else 24)
+        m[names[0]] = fields.size(names[column], defaults.get(names[0]), limit)
 
 
 def facts_from_config(model, config):
@@ -724,18 +699,16 @@ def facts_from_config(model, config):
     sliding, layers = kind == "mistral", range(m["n_layers"])
     if kind in ("qwen2", "qwen3", "mimo"):
         sliding, first = f.take("use_sliding_window", bool, False), f.take("max_window_layers", int, 28)
-        types = ["sliding_attention" if i >= first else "full_attention" for i in layers]
-        types = f.take("layer_types", list, types)
+        types = f.take("layer_types", list, ["sliding_attention" if i >= first else "full_attention" for i in layers])
         check(len(types) == len(layers) and all(t in ("sliding_attention", "full_attention") for t in types),
               "config.json", "layer_types must be full_attention or sliding_attention, one for each layer")
         layers = [i for i in layers if types[i] == "sliding_attention"]
     if kind != "llama":
         window = f.take("sliding_window", int, 0 if "sliding_window" in config else 4096, high=1 << 24)
-        sliding = sliding and window and layers
-    if sliding:
-        m["window"] = window
-        if len(layers) < m["n_layers"]:
-            m["window.layers"] = " ".join(map(str, layers))
+        if sliding and window and layers:
+            m["window"] = window
+            if len(layers) < m["n_layers"]:
+                m["window.layers"] = " ".join(map(str, layers))
 
     biases = ["attn_q", "attn_k", "attn_v"] if kind in ("qwen2", "mimo") else []
     if kind in ("llama", "qwen3") and f.take("attention_bias", bool, False):
@@ -798,7 +771,7 @@ def model_from_gguf(model, pairs, tensors):
         if t:
             check(len(t.shape) == 1, "GGUF", "%s has the shape %s", name, list(t.shape))
             check(not scaled, "GGUF", "%s and rope.scaling.factor = %s together", name, factor)
-            scaling[key] = list(struct.unpack("<%df" % t.shape, t.as_f32().data))
+            scaling[key] = list(t.numbers())
             rule, what = "factors" if key == "factors" else "longrope", name
     if rule == "longrope":
         scaling["attention_factor"] = g.take("rope.scaling.attn_factor", float, 1.0)
@@ -817,35 +790,31 @@ def model_from_gguf(model, pairs, tensors):
 # data: names, which state of the trunk feeds the head, which is handed on, which norms there are. All that is
 # of module N is called draft.N.*; the trunk's embedding and output matrix are never stored again.
 
-# Of each layout: the layer's prefix, the norms of embedding and state, the matrix that mixes them, the norm
-# before the output, copies of the trunk's embedding and output. A dot: after the prefix; -: there is none.
+# Of each layout: facts, and names: the layer's prefix, the norms of embedding and state, the matrix that mixes
+# them, the norm before the output, copies of the trunk's embedding and output. A dot: after the prefix; -: none.
 HEAD_PARTS = "layer e_norm h_norm mix output_norm token_embd output".split()
-HEAD_NAMES = {
-    "mimo": "model.mtp_layers.%d. .token_layernorm .hidden_layernorm .input_proj .final_layernorm - -",
-    "deepseek": "model.layers.%d. .enorm .hnorm .eh_proj .shared_head.norm .embed_tokens .shared_head.head",
-    "qwen": "mtp.layers.%d. mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.fc mtp.norm - -",
-    "ernie": "model.mtp_block.%d. model.mtp_emb_norm.%d model.mtp_hidden_norm.%d model.mtp_linear_proj.%d "
-             "- - -",
-    "gguf": "blk.%d. .nextn.enorm .nextn.hnorm .nextn.eh_proj .nextn.shared_head_norm .nextn.embed_tokens "
-            ".nextn.shared_head_head",
-    "facebook": "extra_heads.%d. - - - - - -",
-    "eagle": "layers.0. - - fc - embed_tokens -",
-    "eagle3": "midlayer. .input_layernorm .hidden_norm fc norm embed_tokens lm_head",
-    "speculators": "layers.0. .input_layernorm .hidden_norm fc norm embed_tokens lm_head"}
 SERIAL = {"kind": "serial", "state": "norm", "chain": "norm", "norm": "own"}
-HEAD_FACTS = {
-    "mimo": SERIAL, "deepseek": dict(SERIAL, zero_first=1), "qwen": SERIAL, "gguf": SERIAL,
-    "ernie": dict(SERIAL, chain="out", norm="none", zero_first=1),
-    "eagle": dict(SERIAL, chain="out", norm="none"), "eagle3": dict(SERIAL, chain="out", state="layers"),
-    "speculators": dict(SERIAL, chain="out", state="layers"),
-    "facebook": {"kind": "parallel", "state": "before", "norm": "trunk"}}
+EAGLE3 = dict(SERIAL, chain="out", state="layers")
+HEADS = {
+    "mimo": (SERIAL, "model.mtp_layers.%d. .token_layernorm .hidden_layernorm .input_proj .final_layernorm - -"),
+    "deepseek": (dict(SERIAL, zero_first=1),
+                 "model.layers.%d. .enorm .hnorm .eh_proj .shared_head.norm .embed_tokens .shared_head.head"),
+    "qwen": (SERIAL, "mtp.layers.%d. mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.fc mtp.norm - -"),
+    "ernie": (dict(SERIAL, chain="out", norm="none", zero_first=1), "model.mtp_block.%d. model.mtp_emb_norm.%d "
+              "model.mtp_hidden_norm.%d model.mtp_linear_proj.%d - - -"),
+    "gguf": (SERIAL, "blk.%d. .nextn.enorm .nextn.hnorm .nextn.eh_proj .nextn.shared_head_norm .nextn.embed_tokens "
+             ".nextn.shared_head_head"),
+    "facebook": ({"kind": "parallel", "state": "before", "norm": "trunk"}, "extra_heads.%d. - - - - - -"),
+    "eagle": (dict(SERIAL, chain="out", norm="none"), "layers.0. - - fc - embed_tokens -"),
+    "eagle3": (EAGLE3, "midlayer. .input_layernorm .hidden_norm fc norm embed_tokens lm_head"),
+    "speculators": (EAGLE3, "layers.0. .input_layernorm .hidden_norm fc norm embed_tokens lm_head")}
 LAYER_FACTS = ("dim hidden_dim n_heads n_kv_heads head_dim context_length norm.eps activation rope.base "
                "rope.pairing rope.dims rope.attention_factor window").split()
 
 
 def head_name(layout, number, name):
     """Our name of a head's tensor -> the name in its layout, None if it has none."""
-    parts, (part, end) = dict(zip(HEAD_PARTS, HEAD_NAMES[layout].split())), name.rsplit(".", 1)
+    parts, (part, end) = dict(zip(HEAD_PARTS, HEADS[layout][1].split())), name.rsplit(".", 1)
     if part.startswith("blk.0."):
         names = {"gguf": {}, "facebook": META_NAMES}.get(layout, HF_NAMES)
         theirs = parts["layer"] + hf_name(part[6:] + "." + end, names)
@@ -877,7 +846,7 @@ def put_head(model, facts, made, rows):
 
 def add_head(model, layout, number, tensors, trunk, facts, freqs=(), rows=None):
     """Moves a module with a layer out of the table. facts: what a trunk's metadata would say about it."""
-    facts, dim, made = dict(HEAD_FACTS[layout], n_layers=1, **facts), facts["dim"], []
+    facts, dim, made = dict(HEADS[layout][0], n_layers=1, **facts), facts["dim"], []
     width = trunk.meta["dim"]
     check(dim == width, "draft heads", "width %d, for a trunk of width %d", dim, width)
 
@@ -916,7 +885,7 @@ def add_head(model, layout, number, tensors, trunk, facts, freqs=(), rows=None):
             put(name, shape)
         if theirs("blk.0.%s.bias" % kind) in tensors:
             put("blk.0.%s.bias" % kind, shape[:1])
-    made += [Tensor("rope.freqs", "F32", t.shape, data=t.data) for t in freqs]
+    made += [f32_tensor("rope.freqs", t.numbers()) for t in freqs]
 
     copy, own = (tensors.get(theirs(name + ".weight")) for name in ("token_embd", "output"))
     if copy:
@@ -933,7 +902,8 @@ def add_head(model, layout, number, tensors, trunk, facts, freqs=(), rows=None):
     if facts["norm"] == "own":
         put("output_norm.weight", (dim,))
     if gated:                                           # Qwen3-Next and later: norms are stored less 1
-        made = [t.as_f32(1) if t.name.endswith("norm.weight") else t for t in made]
+        made = [f32_tensor(t.name, [x + 1 for x in t.numbers()]) if t.name.endswith("norm.weight") else t
+                for t in made]
     put_head(model, facts, made, rows)
 
 
@@ -1045,52 +1015,44 @@ def medusa_heads(model, config, tensors, trunk):
 
 # Unicode, pinned: categories of 16.0, NFC of 9.0. tests/fixtures/make_unicode.py says why and wrote it.
 UNICODE_CATEGORIES = """
-c-p;J4`>_L8RvWN?quiR<lei*z02!ttSiZBZ?jja&Ey@pRH8xVAf*;7E`nusAS4JH8bL@9#N)h$Xg3-vvrr>QsH}wqK>`X5OT(5<9@&gwr3wv6
-1u0XYizn!)%u0;ezLS%#9cx2VI=;Jm@80|F`@Z+R_kG{*JZVeJ*lQ%qV2xTQY0P-kI7M|sH;U30{Y5>@bc2s?HTo>0pXuB6kBIT|G&QCn*!NI0
-_<;8Z(18CO8R+(g2gm#;z75=;8|;qz{XrHSi3cC)yLUZE>0p;>xG(syv>&ZNv19k&-|1oJ=^JGH53mH!A65-@j?8TGXH+BDC)5!==!Ap%Fc0#9
-zE=r<70ye+!QqiFkp5h-&+r#@PMKC7Y>bh8xJ3+njg9&0#BWJL-FsZN#3;We>zZyNX&zLm6Ss<F)H1B_1<-lSmDCbkBV|a2wCV<(Wx26?$TSk6
-GDO1c4hW{T=mjbY>n{LnLm3LvEDRYjRcPTBNvN}+M%9$K3%o$1Lg!UTyVRKSU=|9pIz#!a)Ka2sp0I2QOsfpK+JPu{L4-t$@B^ILaiOuSFh!Jk
-pgAEPF+~|d;XN1~nuzi#=N@OsC!z6_gS@tui*uGMgBj8E3Q8;hkMMhZ6DV;8c$7y4TZND>Pd9RGH~*~SHMXweT=c$LgYBt+#`u&S;c+{}84uYZ
-J7U+sN!d}J5G<qlUf7<8bjtNrb_jQgF9?Mvawd-mCb}AP`ay$5_4`aESkt%0mcga?OgyC3A<?zHAe(Em%y1&w!LB(cz?j0J60u$CuaJoYw&v{S
-8lQno8HB0V!Bw<S)-k5k8PGA$G$r5a3638yRH}t$fr$yO@+`*>;-17t?}DL^n)}Ld8Vt>+q={D6Bxix>=EMcy3lh(RwvUG=$5CEYULdRtd#4id
-D2s-&kwgO)fN5n&gl|bam=22bvaXI4w(+>Y4aH|c_8-!x?;SiI0c@*1BKkU9#pRH*kh!%^>=Js-G4ul2Qlge!?TtO<Lasy-MW~XfRfG~T>(KDs
-gKbTjkz#7hU>dq6a~d+g#eGLJGF3@!D7gu<Bxx+&>Zw47@&$14GHg6@Eh;81Lrr!{6rI*@pOrc!C9H-r5BwSxz687use8pTEh?#wJWJ3Y_~D_m
-c#P*D7H!dMfDuuXZ-WQPnzTUd$uigxU-nDZam?50bFvsdhO<%q8i{LDS}4lWSLBZa?|^zrdRLn1`KCkuq3AgLA5<KHUE(KV8r$hl`<R=%<d1v+
-IPf#Le?P|u#~v~IMo0X1^l33T#z&`N=cwoog!x;LK1RQr-f|bV#f%$xmLEL>TRhUQian#2dKyM8{w~;a(kjg29S)8M!&uISG0Bha+!r)_8Z)q%
-#QVa711|=j9`7@bk~gJb-?RN;C;$EAO=_)tr%f(FlUxlf^?pe5&K>xW&MDRkJp-41aEGh}l6lEm`ku&3d~V~BZrvEZm($1m?7nMg_?zFm!F_%c
-#j}^}w?2?~U%F4Yft;$hLF<qr9N?d)8R@R99+Sd<hKh8S^11bOSkfyrPY|Q1Z1Wkw8ROTmTYo<Ml*;rlZ><w%c!=qx_4*SmU6pxjJrD0V3$C;z
-6~S=H3gxF^i5>;x6Ua-aVMW4rt9wz&_cY#SYUfvAuP8-u<(I75pc-?r%!KOXt1Xiy^m!~AU&b<Iwt9X8=3Wn0$ZNRapPd}}dQMi?u-Jc!x7roY
-zDV*;q|c9xbw3wal9BEWHpvqxW2o<d7SZCkSE+H$-ZP%5DM=5^k}^*`!0eNmCsQ$|hcG|Y=nPmLat$tn-k^4(gNf({aJ3AMHKC~mtVk1BKyE`3
-BAN?+=@3bms8gdXT2eI3+UA7GH0IHeYE>a+u_3bpQvzx2oSc`9XO4p!cBa==B`hSqgiNiot_~gI6qNeOo|X`$jcsXv9iB@wtpo;U<q5w&BGop|
-5sy@bl_zeGXel|vlWH(NL(V{EhQziVqd$!CJAT#Sx?wpJyc2Z(H!eO@0<|Fzb*SAnPDJd({BRS(q6WM~d6l5H4u}>W;p(^2G3UB$&%t}jjybY*
-l-~r~Se0+eS|x~1Dk!U<U8IgH?I=QxY<6LDx+SI3Ey{JQbuQ>XuE<B^X}Q(wFZTD6a|K6b56cXC`5f?%fWOQK_<7*}0KT6O+BF5;@puthqyjE@
-^d<g=%wL0M&y--iCL>f}0xP|K6rC16*r6WQZ%^@UPQTD1du+W#)4JE=2Ar*-qeOftvnV&yi8xlb1{G09I{~@ZA=jW=ag(=uk_$$Sn$8P{P^DrY
-Y7uc1%VPQ{R>fSh4hOw;h2B-=oYI8zN^Vb0N_fyMWpS0=B6dnwKfr?&_ViCEFUj20MaUzORVC4&rvb56i(G&mlWl_KHrbXM<Y1lnX(QTDmf?_d
-6@yg^nXCwjhI|1mp46I9poq9K(VBD{5KSbRiDIgfW+7M9Rc=E(nb6HLFrCHtRdN{(MOe51d$o|(4s@Xa?jE8NJ=2jFAdRvTpGRceTtj3&&Pq?1
-B5S8miVu7kZ%LfZ0@n}%CU^=@v&AipmnOwRPU2XPEv{>kHg%N+64IIPj5h1YSuqQDN!+YRt};tv?6U8q8*rIa<!flEU;6(@>a<G5GB{<}8Z!<Q
-H`nB4(CZtHNYj#!!VqO45*COGLI|vOb5kTxzZom~I(l%fBV|Pvm#tl<Y#tL{mL-k>;%#;TS~7+Jn?&dJ=FUL-+XYGY5o8A8TmwT5ksO<>;J`&<
-TZmL{6OLir>wBXm?Y1>;@+{N3J3HlTmr^*A@{w=*@hVAJIgD!z#gc@sx`A9;a~)#d>*OYFf?j&1z2To5`6QyB{`#LtVT08K_vhddZE6`RQ2m&u
-J3ET+DJ?pW+ugnng=ce!o&2=Y>BT042Bi>QyGnL){2ATw?c@h}gQTm(d-4fa9*W^-{l1$%A<5>3YOkZQWhIw*7rdS!UDYmw*#`Gt7*(y;p(vMN
-_5Ge__$z#fS3|47niS!38{!yrBlVM{x-s1VyMPD~gkkF5-)a6aG-C0|dhcynEaTx^+*A)NJyyX=BNhXx(cK=*KsdWZ6E_1*a<(UGRK9hU)WN@3
-))nCdT@9Y3r|3z#pPwRr4}S?oPz;DMegvMzl)N9~+aDj`W8#P(@ZB!o$%D4vU;FsK?<-WiN{!>x*!5)%{)(2B{MfQGKCd90UIHyVxe6)14Bjy~
-1?&pR>}u*+K1)Q_-_!J814T*mHZ^2B`wFHchZ)}17S)QRCMU{}HoRDss@QAmEovencXaPZ2QZ}kl*k+X;sj)i@=58GlvN#n3yVL!7%;XQJL<jH
-WvtMZ{y48v<o1IJV+#MDILk1H`7P$4wTb)Wzs0#PKHmM2;02P7V1O1#T?w}b7iDL013DSR3UIt`N)@;cbIc3)2M=fGAQx`KzKWVZ?934xbMwk3
-XJvh65kdJX;4>fa0Dl7Vcs7=(z=3c(uxKGB0fEeCA)OE8Q2Zsxpr}ia@Wu7G@+08Bzs-|MzmPI5LzMm^x1mrDtU}AFR7vZZ%3DzVo0N8cDS2n!
-lxH6E-u@l@8$1CJu>"""
+c-qxiONgaM74CED)Z?%E>)!63+mE?DefxILOs6N)o$h&MMvci3NgyP|Y)puVB1XXnn1vwdMnW)~AWCo(K~RJ12%;pbAQ}-BW}(5A3~m&Z;3{Sz=y$6A+mA
+_4GI@-|TYdjq&vQ<l*LVKTZA@qm->I0IL^{l6QqW03XM)5Kr_vN9ntGo%(Lbi{@2wlZ*Zj$(NwYd(ptfu%PUSR(2O5>{o3?bL>?)7<d&8|wq?l8-v1?hfU
+_$-O#vH|nby2L~o0By*S#bgv%$T$K$WE+D(PW#@DJ|=&J~DP@E10p;HF&g<!ezH9A>EP7v;{$Uw?vx{ZqxNi(~(nZ`A||F9mI*)>+G29NfMOx8{1?P_Jp*
+z<-qwuAxB7S<Mmk-A?oh#rYcvELRk*TH#z8Fkh(oVd(hc_(NvH4HD#abxEL#enAH}`s{SY?%oJ<tv0})5&Dm5OKT|Yxm<|r;BL=Y2&G3p8rBxq@zFbj?wA
+~FbFi27=T*zug2x<1ju9r+Xx(Q_$vTl!6IZicdVy-@uH3QnDmx15aO%Vj0z;TNMPsMuIN}r6j|BK+eX(7G)o2zxpkhnA~asph`UpzCQBjq~IZH_H4rYX?V
+pdU;Qh;4k~Zb|J1v`Jkm+}BEiRZ0p)DflV!q52)3AOQlQjN)YOkW6a+7y2oD;U9?FNP2ILq<B~gC~mB|u{0pB5wF5~EF^Cfg|P{<QKG3wG;d+A)GOD96o^
+&qHBtZI^=}inG%dfWYK#@gl#@yCrJ~HW<J7_U+x5qy<!+d95kao$;x$<)O7X_luvVBsggZ^A8tb{Fc;htejjFCfPD#4ZYC4e4iiUB}>`$nakPhJAs>PZuC
+ktwMtN66rRFX1AN5Rh`1R7wVI&8_HXonPKDv8-6Q~l+jD@A0&<kcJMa+fNRQ1R!**W{@X5<L`#lvu*I9PMH_Q=YhMZKkvXTmpboz)A-Jq@xrN)^3<!Y?pw
+8u7s%kHTQ;C`G@is3k_viKnj3tWJ=?KG?+_hbU+u>Bzjn9LhcL}T(L*#mx{s_0~h$o1uAu2s|}|HuM$_l+PzJz(0M(0w^{a~a0S|~Dd}7a19Y59P{1cjhs
+3c0mJSOlM!jJN^u_*=dWu}QhIA=jsteg%>!GfqsU5vY(f9sMifvK$mkS-Oi7$3mafNI3VinQpes~Mc`dUcE?)vpqJ*`ntMK2ae$X5k)i+dm%;6)TB2QAzs
+nmv`h(SLS5Sd)n>>E2G#pN49wE=nIfLUDx(Ev0ha1)Dqx_=)50EnbruQh|&^9)!BgcCAzb2w<hUR{)yo1xBx*YFcn5$*O8lD&+kYQ?L-L?2R=s>od!{Zs|
+Y^DZk_94lO{(NWzXJvf-g2q9MMtN@M}#_z0e*V`zc=A_aP9AAXDRjT|>zdWJ=xhC3qM{i*bfo{<|BVlrds9e+F*p1UmXp`}@Ad)A{r^Y|VcQ&m}Hq#0_C6
+PxR?we<|2+qn?|-UE9u-R#dglRL$1XsfUT!>}a6GipTCh-AhT=OQ%pnQ|isoeD>+_ONxd#E&NG#nndjh!gWd4SJUQbX1)p*+t~i<`gZ`>g|SR$w%f$)Hf8
+Ed0t5xRljGIA*d+~b}+l*QiuSl+e!h8Ig2su<6&3Of}wy*%ChdUD!;x1F!i}`@`#~5W_3ql=1s>7m%^7Es7iHY0}iG|(P2~`hYOluZ77j8t>@7bucsjrDE
+M*>svBZuQMb6VBZ6-$D&;AzE2MRhSME)bZ`Lg07Q`NF4k82x6;Qi_8Nr4?kxz1Qz(qVkuOYU@$07?7MPFmk#aL}B9O#4$uqDw69CqjlpFBOF=$weE2e;2H
+C<(8ZjB*+Texs)K<@_mpS9eE!`T(9EVbcuEbaW5vwf=!S%+Qd{{l)}8E6owZ%`CV24#w^Iv8fRS2zE)W<c`w?Z+Q*e?u{!@M=KB`jv(Wv3}FGYwqThrL|S
+IjQ!pH_oUz+80aSc!8e>M8<7O|&i2>e<jfo=%J&--kCImxsswsGc-MlN)+R4lGe*82ypF?o4Pr#@APNqZXmB|obZB2@BZu}w$^cgICo=W;g$ilVy80O+?)
+3Bn0r)$h-v)W(n!%a%ER|5laJD<}(QE#^-7)&4636|Gcmia$4pXTm(aQ<)78=c{m_>7sqOUC>f^O!!rv(o`crGkKCbMp<suEQ4#DQgT|g17f*q0w;O-^SZ
+C=5}pJkG8MSaJqt0<dzzTSg*kGuqFbck8AQfO`pWY<9NNH=@p8jK>cyNrT-GYbnfzZpCkHLFc+H*$4^6v(~$>nQ*xpB7FXkYBfGHB97K<ItJH7}An}_Lwj
+EgRm%9U)eV@6iy_ypjU<%{JotMC8X9IG_tTVbCj|E=HiI$CQ_j1WvAl^hvr+Q6E?#P1E$lzqosxPr-U|IyTWHkXtjRaThdYX`jSspqb%KUSWv<q_P$-7@=
+{=&L%tyPcDMRXPQOEc4dXP&;yx5EosLGGJ2yoku@bp?Z1dP-CI8|pM4X^U4(VGJ|@>&)<&Asr!wrrz4u@k+a8nhP?ck!EOni=My*&-7_Y#?lO+Zo6*nh>*
+$Ay>(;bLCAYTPRK?$uVr$-z*+Ze&bL43W<G{RN4HXQkD}+MCPQ9;;TG7hgk}e<t(}LKhL$d0Lf}vHZJMnu;?*GSqC9JS<B@-t%{b68+|D<*8$ZwChz+w|T
+K~{}7tiH$9&!ZaXjpXKKv(mDuh0q@tFoufMOls%=J94ZKP$36=LZXoxzP7AhzjA2Y$Z)0`KXW1oan)vI2cfOQDb&`0%;VKA<`ht($N-4o$f3^gu6y^+b!O
+ZWIv><2Pvd0R$G9GH+XR<4!T}4ZYcvhn+9IKFpJkE^$;`K8EC-}e@xq+n+4&uof$)T#m`4hXRQm|;MfxP)wbkcpv^u#HXg^O4N3^qplvS66wny&4Sb6)h)
+GKnH$1^^fzoZ$ND28qAAg48y%$|WCw1P&2*e!W3cdUE66@8~y^7=X%41uuhI4!bKnyv7YF_`nP9LNG+;XO8{pY?+HvN)*H~2K?=K~_3AHTO^e=RRu7|q6)
+^9$lvG*~_gKn2iJ-0^B_LY?4g&K`N*m<=}ZWg3qc<g@o<<)W8-Syhv`_xg5tr8yP<dXE$>{|IHkvetbPo;FX;ei3hB4Jt6KTpj%r41Q`JxQ!Q@uiWt(#as
+9eYg`EINAlshyA6G9&<@&1nxjwAa5(fdI~<lb0#@w>DTPcL4!Kk=p0uO(Lf8!VeU9-_I!f-a2dJI>hFp}h0insZ4*<IoA`P7TBk0X=aT9yzDm}hsyl3^?m
+v}@on}Q^A#VjFwU!f7JD_#Xxb;v&b3T2i*wYG*al=vO@A<a?`Y*GIg*s#>S-NgEa;U+H{hWOen$*Mpp8zRkExC70c=Wp?*Jl6K1)jpk!`3H1qId4kix#ym
+xKY5wK3;I{(Qx0`fzm-eyij6ShR`||8aNA?N&f81A&k1?$8KO_bZ-%SC=kbeU_h;fKwt7GLVE<M5;gRplU(#>a?bY#>7f=6_zWwj?Uq@5(1O"""
 NFC_POINTS = """
-c-j?@KS*0~9K`Rw-{0@|9#5Yy=_0Z557r{VE<%zLTIv!?99+anP*iB86m_sgiiAQYL6AVIw1Eh9$kIuxP9knDl9bLZ2reQBI=S|h<GA7A!`&GV
-Z2->-M0(otmHF|%94dUL|D^kweA?s;B8e!Ng2Ew*PEpLpxq?n;+&o8K*J0uFt??*Y)-n=iTDo+Jkxq;RX@4+ChnQRZW#!1j0Cw4NK~yP!$WmG{
-8jimj-e3{mm^o+8)kUp7jqSyw{;N;3(j}o<d88tqvdw|KU8(9pgqo2pV!r=}vArex=Kh8iZVOI{^y*xA$7Bu<M6J$S(Ram^n3%^{{%;$#JX{ew
-G__DNV$mco0~B7o&W>Rsc+a2YWc)tmjA_w)^dIOxV~rp1CBS}z=B2ydBhE4l70StDCkb^i*))@G*&R1b!~6q2uRd4"""
+c-j?@KS*0~9K`Rw-{0@|9#5Yy=_0Z557r{VE<%zLTIv!?99+anP*iB86m_sgiiAQYL6AVIw1Eh9$kIuxP9knDl9bLZ2reQBI=S|h<GA7A!`&GVZ2->-M0(
+otmHF|%94dUL|D^kweA?s;B8e!Ng2Ew*PEpLpxq?n;+&o8K*J0uFt??*Y)-n=iTDo+Jkxq;RX@4+ChnQRZW#!1j0Cw4NK~yP!$WmG{8jimj-e3{mm^o+8)
+kUp7jqSyw{;N;3(j}o<d88tqvdw|KU8(9pgqo2pV!r=}vArex=Kh8iZVOI{^y*xA$7Bu<M6J$S(Ram^n3%^{{%;$#JX{ewG__DNV$mco0~B7o&W>Rsc+a2
+YWc)tmjA_w)^dIOxV~rp1CBS}z=B2ydBhE4l70StDCkb^i*))@G*&R1b!~6q2uRd4"""
 CATEGORIES = "Lu Ll Lt Lm Lo M Nd Nl No Pc P S Z C".split()     # those told apart; P: punctuation but Pc
 END = 0x110000                                          # the end of the text, as if it were a character
 ANY = (1 << END + 1) - 1                                # a set of code points: an integer with a bit for each
 POINTS = ANY >> 1                                       # all but the end
-
-
-def refuse(sentence, when=True):
-    if when:
-        raise Refused(sentence)
 
 
 def varint(data, at):
@@ -1111,15 +1073,15 @@ def unicode_numbers(packed):
     return numbers
 
 
-# The category of each code point. In the numbers: 16 times how many in a row have it, plus which.
-UNICODE_TABLE = b"".join(bytes([n & 15]) * (n >> 4) for n in unicode_numbers(UNICODE_CATEGORIES))
+RUNS = unicode_numbers(UNICODE_CATEGORIES)              # of one category each: which, of all; then how many in a row
+UNICODE_TABLE = b"".join(bytes([kind]) * n for kind, n in zip(RUNS, RUNS[len(RUNS) // 2:]))
 
 
 @functools.lru_cache(64)
 def unicode_property(name):
     """The set of a general category ("Lu") or of a group of them ("L")."""
     kinds = [i for i, kind in enumerate(CATEGORIES) if kind.startswith(name)]
-    refuse("a regular expression uses \\p{%s}, which export.py does not know" % name, when=not kinds)
+    refuse(not kinds, "a regular expression uses \\p{%s}, which export.py does not know", name)
     return int(UNICODE_TABLE[::-1].translate(bytes(48 + (i in kinds) for i in range(256))), 2)
 
 
@@ -1144,18 +1106,17 @@ class Pattern:
 
     def __init__(self, text):
         self.text, self.at, self.ignore_case = text, 0, False
-        self.refuse("%d characters" % len(text), when=len(text) > 8000)
+        self.refuse(len(text) > 8000, "%d characters", len(text))
         code, empty = self.alternatives()
-        self.refuse("an unexpected %r" % text[self.at:][:1], when=self.at < len(text))
-        self.refuse("a pattern that can match nothing", when=empty)
-        self.refuse("%d instructions" % len(code), when=len(code) > 8000)
+        self.refuse(self.at < len(text), "an unexpected %r", text[self.at:][:1])
+        self.refuse(empty, "a pattern that can match nothing")
+        self.refuse(len(code) > 8000, "%d instructions", len(code))
         self.code = [(op, x + i if op in (JUMP, FORK) else x, y + i if op == FORK else y)
                      for i, (op, x, y) in enumerate(code + [(MATCH, 0, 0)])]
 
-    def refuse(self, what, when=True):
-        if when:
-            raise Refused("the regular expression %r has %s (at %d), which cannot be carried over exactly"
-                          % (self.text, what, self.at))
+    def refuse(self, when, what, *values):
+        refuse(when, "the regular expression %r has " + what + " (at %d), which cannot be carried over exactly",
+               self.text, *values, self.at)
 
     def take(self, pattern):
         """Reads what this pattern of Python's matches here; None if it does not."""
@@ -1164,7 +1125,7 @@ class Pattern:
         return match
 
     def next(self):
-        return (self.take("(?s).") or self.refuse("a sudden end"))[0]
+        return (self.take("(?s).") or self.refuse(True, "a sudden end"))[0]
 
     def alternatives(self):
         parts = [self.sequence()]
@@ -1190,31 +1151,31 @@ class Pattern:
             code += part
             empty = empty and nothing
         pairs = [(a[1], b[1]) for a, b in zip(code, code[1:]) if self.ignore_case and a[0] == b[0] == READ]
-        self.refuse("letters that a single character folds to when case is ignored", when=any(
-            a >> ord(p[0]) & b >> ord(p[1]) & 1 for a, b in pairs for p in ("ff", "fi", "fl", "ss", "st")))
+        folds = any(a >> ord(p[0]) & b >> ord(p[1]) & 1 for a, b in pairs for p in ("ff", "fi", "fl", "ss", "st"))
+        self.refuse(folds, "letters that a single character folds to when case is ignored")
         return code, empty
 
     def repeated(self, code, empty):
-        mark = self.take(r"[*+?]|\{(?!,?\})([0-9]*)(,?)([0-9]*)\}") or self.refuse("a repetition")
+        mark = self.take(r"[*+?]|\{(?!,?\})([0-9]*)(,?)([0-9]*)\}") or self.refuse(True, "a repetition")
         least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(mark[0]) or (
             int(mark[1] or 0), int(mark[3]) if mark[3] else None if mark[2] else int(mark[1]))
         limit = 8000 // max(len(code), 8)               # of instructions, of repetitions
-        self.refuse("a repetition %s" % mark[0],
-                    when=not least <= (least if most is None else most) <= limit or self.take(r"\?"))
-        self.refuse("an endless repetition of something that can be empty", when=most is None and empty)
-        self.refuse("a repeated condition", when=len(code) == 1 and code[0][0] == AHEAD)
+        self.refuse(not least <= (least if most is None else most) <= limit or self.take(r"\?"),
+                    "a repetition %s", mark[0])
+        self.refuse(most is None and empty, "an endless repetition of something that can be empty")
+        self.refuse(len(code) == 1 and code[0][0] == AHEAD, "a repeated condition")
         rest, loop = [], [(JUMP, -len(code) - 1, 0)] if most is None else []
         for _ in range(1 if most is None else most - least):
             rest = [(FORK, 1, len(code) + len(loop) + len(rest) + 1)] + code + loop + rest
         if mark[2] is None and self.take(r"\+"):        # gives nothing back: what follows is no other
-            self.refuse("a possessive repetition of more than a character", when=len(code) != 1)
+            self.refuse(len(code) != 1, "a possessive repetition of more than a character")
             stop = [(AHEAD, ANY ^ code[0][1], 0)]
             rest = self.either(code, stop) if mark[0] == "?" else rest + stop
         return code * least + rest, empty or least == 0
 
     def atom(self):
         c = self.next()
-        self.refuse("a %r" % c, when=c in "^*+?{")
+        self.refuse(c in "^*+?{", "a %r", c)
         if c == "(":
             return self.group()
         if c == "$":
@@ -1222,15 +1183,16 @@ class Pattern:
         return [(READ, POINTS ^ span(10) if c == "." else self.item(c, False)[0], 0)], False
 
     def group(self):
+        begin = self.text[self.at - 1:self.at + 3]
         kind, outer = self.take(r"\?(:|i:|=|!)"), self.ignore_case
-        self.refuse("a group (%s" % self.text[self.at:self.at + 3], when=not kind and self.take(r"\?"))
+        self.refuse(not kind and self.take(r"\?"), "a group %s", begin)
         kind = kind[1] if kind else ":"
         self.ignore_case = outer or kind == "i:"
         code, empty = self.alternatives()
         self.ignore_case = outer
-        self.refuse("a group that is not closed", when=not self.take(r"\)"))
+        self.refuse(not self.take(r"\)"), "a group that is not closed")
         if kind in ("=", "!"):
-            self.refuse("a condition on more than one character", when=len(code) != 1 or code[0][0] != READ)
+            self.refuse(len(code) != 1 or code[0][0] != READ, "a condition on more than one character")
             code, empty = [(AHEAD, code[0][1] if kind == "=" else ANY ^ code[0][1], 0)], True
         return code, empty
 
@@ -1238,8 +1200,7 @@ class Pattern:
         """The set of some code points; if case is ignored, with the other case of the letters."""
         found = span(first, last)
         if self.ignore_case:
-            self.refuse("letters beyond ASCII where case is ignored",
-                        when=last > 127 and found != span(0x2019))
+            self.refuse(last > 127 and found != span(0x2019), "letters beyond ASCII where case is ignored")
             for a in range(ord("a"), ord("z") + 1):
                 both = span(a) | span(a - 32) | {"k": span(0x212a), "s": span(0x17f)}.get(chr(a), 0)
                 found |= both if found & both else 0
@@ -1255,30 +1216,29 @@ class Pattern:
         name = self.take(r"([pP])\{(\^?)(\w+)\}")
         c = digits[0] if digits else name[1] if name else self.next()
         if name or c.lower() in CLASSES:
-            self.refuse("a class where case is ignored", when=self.ignore_case)
+            self.refuse(self.ignore_case, "a class where case is ignored")
             found = unicode_property(name[3]) if name else class_set(CLASSES[c.lower()])
             found |= class_set(MORE_WORD) if c in "wW" and not inside else 0
             return POINTS ^ found if c.isupper() != bool(name and name[2]) else found, None
         plain = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "a": 7, "e": 27}
         point = int(digits[1] or digits[2] or digits[3], 16) if digits else plain.get(c, ord(c))
-        self.refuse("an escape \\%s" % c,
-                    when=point >= END or (c.isalnum() and not digits and c not in plain))
+        self.refuse(point >= END or (c.isalnum() and not digits and c not in plain), "an escape \\%s", c)
         return self.points(point, point), point
 
     def bracket(self):
         """A class in brackets, after its [."""
         negate, found, both, first = self.take(r"\^"), 0, POINTS, True
-        self.refuse("a negated class where case is ignored", when=negate and self.ignore_case)
+        self.refuse(negate and self.ignore_case, "a negated class where case is ignored")
         while first or not self.take(r"\]"):
             first = False
             if self.take("&&"):
                 both, found = both & found, 0
                 continue
-            self.refuse("a POSIX class", when=self.take(r"\[:"))
+            self.refuse(self.take(r"\[:"), "a POSIX class")
             more, point = self.item(self.next(), True)
             if point is not None and self.take(r"-(?!\])"):
                 last = self.item(self.next(), True)[1]
-                self.refuse("a range that runs to no later character", when=last is None or last < point)
+                self.refuse(last is None or last < point, "a range that runs to no later character")
                 more = self.points(point, last)
             found |= more
         return POINTS ^ (found & both) if negate else found & both
@@ -1294,7 +1254,7 @@ def set_tensors(sets):
     atoms = [POINTS]
     for s in sets:
         atoms = [part for atom in atoms for part in (atom & s, atom & ~s) if part]
-        refuse("the regular expressions tell more than 255 kinds of characters apart", when=len(atoms) > 255)
+        refuse(len(atoms) > 255, "the regular expressions tell more than 255 kinds of characters apart")
     atoms.sort(key=lambda atom: atom & -atom)
     rows = sorted((run.start(), i) for i, atom in enumerate(atoms, 1)
                   for run in re.finditer("1+", bin(atom)[:1:-1]))
@@ -1361,8 +1321,8 @@ class TokenizerBuilder:
         if old == " " and new == SPACE and not self.spaces:
             old, new, self.spaces = SPACE, " ", True
         else:
-            refuse("the tokenizer replaces %r by %r, which cannot be carried over exactly" % (old, new),
-                   when=not old or (self.spaces and (" " in old + new or SPACE in old + new)))
+            refuse(not old or (self.spaces and (" " in old + new or SPACE in old + new)),
+                   "the tokenizer replaces %r by %r, which cannot be carried over exactly", old, new)
         self.step(REPLACE, len(old.encode()), *(old + new).encode())
 
     def split(self, pattern, behaviour, invert=False):
@@ -1372,8 +1332,7 @@ class TokenizerBuilder:
                     for op, x, y in code]
         reads = [x for op, x, _ in code if op == READ]
         if 0 in reads:                                  # it waits for a character that no longer occurs
-            refuse("the regular expression %r is written for spaces that became U+2581" % pattern,
-                   when=len(reads) > 1)
+            refuse(len(reads) > 1, "the regular expression %r is written for spaces that became U+2581", pattern)
             return
         self.sets += [s for s in {x: 0 for op, x, _ in code if op in (READ, AHEAD)} if s not in self.sets]
         flat = [n for op, x, y in code for n in (op, self.sets.index(x) if op in (READ, AHEAD) else x, y)]
@@ -1384,8 +1343,8 @@ class TokenizerBuilder:
         """tokens: (number, text, kind and flags)."""
         alphabet, taken = byte_alphabet(), {}
         for token, text, kind in tokens:
-            refuse("the tokenizer has a token %d, but the model has %d rows" % (token, len(self.pieces)),
-                   when=not 0 <= token < len(self.pieces))
+            refuse(not 0 <= token < len(self.pieces),
+                   "the tokenizer has a token %d, but the model has %d rows", token, len(self.pieces))
             piece = text.replace(SPACE, " ").encode() if self.spaces else text.encode()
             if kind == BYTE and not self.byte_level:
                 piece = bytes([byte_token(text)])
@@ -1401,19 +1360,19 @@ class TokenizerBuilder:
                 self.added.add(token)
 
     def tokens(self, texts, kinds):
-        refuse("the tokenizer has %d tokens and %d known kinds of them" % (len(texts), len(kinds)),
-               when=not texts or [k in range(1, 7) for k in kinds] != [True] * len(texts))
+        refuse(not texts or [k in range(1, 7) for k in kinds] != [True] * len(texts),
+               "the tokenizer has %d tokens and %d known kinds of them", len(texts), len(kinds))
         self.vocabulary(zip(range(len(texts)), texts, kinds))
 
     def merge(self, merges, ids):
         """Merges, pairs of texts in the order of their ranks. ids: text -> number."""
         for left, right in merges:
             row = [ids.get(text) for text in (left, right, left + right)]
-            refuse("the merge %r + %r needs a token that is missing" % (left, right), when=None in row)
+            refuse(None in row, "the merge %r + %r needs a token that is missing", left, right)
             (a, _), (b, _), (both, kind) = [self.pieces[token] for token in row]
             if kind & 15 != UNUSED:
-                refuse("the merge %r + %r makes a token that it does not spell, or a control token"
-                       % (left, right), when=kind & 15 not in (NORMAL, USER) or both != a + b)
+                refuse(kind & 15 not in (NORMAL, USER) or both != a + b,
+                       "the merge %r + %r makes a token that it does not spell, or a control token", left, right)
                 self.merges.append(row)
 
     def ends(self, name, text, token=None):
@@ -1496,14 +1455,12 @@ def tokenizer_from_hf(folder, vocab_size):
     """The tokenizer of a Hugging Face folder: tokenizer.json, else tokenizer.model."""
     config = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if os.path.exists(os.path.join(folder, name)):
-            settings = read_json(os.path.join(folder, name))
-            config.update((key, value) for key, value in settings.items() if value is not None)
+        settings = read_json(os.path.join(folder, name), {})
+        config.update((key, value) for key, value in settings.items() if value is not None)
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
         return tokenizer_from_json(read_json(path), vocab_size, config)
-    file = File(os.path.join(folder, "tokenizer.model"))
-    return tokenizer_from_spm(file.read(file.size), vocab_size, config)
+    return tokenizer_from_spm(read_small(os.path.join(folder, "tokenizer.model")), vocab_size, config)
 
 
 def json_sequence(node, key):
@@ -1520,7 +1477,7 @@ def metaspace_scheme(node):
 def json_step(builder, node):
     """A normalizer or pre-tokenizer."""
     kind = node["type"]
-    refuse("the tokenizer has a %s after ByteLevel, which is not supported" % kind, when=builder.byte_level)
+    refuse(builder.byte_level, "the tokenizer has a %s after ByteLevel, which is not supported", kind)
     if kind == "NFC":
         builder.step(NFC)
     elif kind == "Prepend":
@@ -1561,7 +1518,7 @@ def json_decoder(builder, nodes, byte_fallback):
         good, strip = builder.spaces and not byte_fallback, metaspace_scheme(nodes[0]) != "never"
     else:
         good, strip = builder.spaces and nodes in (plain, plain + [lead]), lead in nodes
-    refuse("the tokenizer's decoder %s does not fit the rest of it" % " + ".join(kinds), when=not good)
+    refuse(not good, "the tokenizer's decoder %s does not fit the rest of it", " + ".join(kinds))
     return strip
 
 
@@ -1573,8 +1530,8 @@ def json_added(builder, nodes, unknown, normalizers):
         if not special and not normalized and builder.spaces and SPACE in text:
             builder.notes.append("the added token %r is found by merging, not as a whole" % text)
             continue
-        refuse("the added token %r is to be found in normalised text, which cannot be carried over" % text,
-               when=normalized and ("Prepend" in normalizers or "NFC" in normalizers and not text.isascii()))
+        refuse(normalized and ("Prepend" in normalizers or "NFC" in normalizers and not text.isascii()),
+               "the added token %r is to be found in normalised text, which cannot be carried over", text)
         kind = USER if not special else UNKNOWN if node["id"] == unknown else CONTROL
         yield node["id"], text, (kind | 0x10 * bool(node.get("lstrip")) | 0x20 * bool(node.get("rstrip"))
                                  | 0x40 * bool(node.get("single_word")) | 0x80 * normalized)
@@ -1585,9 +1542,9 @@ def tokenizer_from_json(data, vocab_size, config=None):
     """A tokenizer.json; config: tokenizer_config.json, where there is one."""
     builder, model, vocab = TokenizerBuilder(vocab_size), data["model"], data["model"].get("vocab")
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
-    refuse("the tokenizer is of the kind %s; only BPE is supported" % kind, when=kind != "BPE")
+    refuse(kind != "BPE", "the tokenizer is of the kind %s; only BPE is supported", kind)
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        refuse("the tokenizer uses %s, which is not supported" % key, when=model.get(key))
+        refuse(model.get(key), "the tokenizer uses %s, which is not supported", key)
     unknown, byte_fallback = None, bool(model.get("byte_fallback"))
     if model.get("unk_token") is not None:
         unknown = vocab[model["unk_token"]]
@@ -1608,7 +1565,7 @@ def tokenizer_from_json(data, vocab_size, config=None):
     builder.added.clear()
     builder.vocabulary(json_added(builder, added, unknown, [node["type"] for node in normalizers]))
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    refuse("the tokenizer has a merge twice", when=len(set(pairs)) < len(pairs))
+    refuse(len(set(pairs)) < len(pairs), "the tokenizer has a merge twice")
     builder.merge(pairs, vocab)
 
     ids, first = dict(vocab, **{node["content"]: node["id"] for node in added}), None
@@ -1623,8 +1580,8 @@ def tokenizer_from_json(data, vocab_size, config=None):
 
 def score_tokenizer(builder, tokens, scores, kinds, unknown, prefix):
     """SentencePiece's BPE: neighbours merge by the score of what they spell."""
-    refuse("the tokenizer's scores do not fit its %d tokens" % len(tokens),
-           when=len(scores) != len(tokens) or any(s != s for s in scores))
+    refuse(len(scores) != len(tokens) or any(s != s for s in scores),
+           "the tokenizer's scores do not fit its %d tokens", len(tokens))
     builder.meta["tokenizer.symbols"] = "chars"
     builder.replace(" ", SPACE)
     if prefix:
@@ -1646,7 +1603,7 @@ def protobuf(data):
         else:
             size, at = varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
             value, at = data[at:at + size], at + size
-        refuse("the tokenizer.model ends at byte %d of %d" % (len(data), at), when=at > len(data))
+        refuse(at > len(data), "the tokenizer.model ends at byte %d of %d", len(data), at)
         yield key >> 3, value
 
 
@@ -1661,11 +1618,11 @@ def tokenizer_from_spm(data, vocab_size, config=None):
         scores.append(struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0])
         kinds.append(piece.get(3, NORMAL))
     kind = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}.get(trainer.get(3, 1), "unknown")
-    refuse("the tokenizer.model is of the kind %s; only BPE is supported" % kind, when=kind != "BPE")
+    refuse(kind != "BPE", "the tokenizer.model is of the kind %s; only BPE is supported", kind)
     for setting, name in ((normalizer.get(2), "a character map"), (trainer.get(24), "spaces after words"),
                           (normalizer.get(4, 1), "remove_extra_whitespaces"),
                           (not normalizer.get(5, 1), "white space that is not escaped")):
-        refuse("the tokenizer.model uses %s, which is not supported" % name, when=setting)
+        refuse(setting, "the tokenizer.model uses %s, which is not supported", name)
     builder = TokenizerBuilder(vocab_size)
     score_tokenizer(builder, tokens, scores, kinds, trainer.get(40, 0), 3 if normalizer.get(3, 1) else 0)
     if USER in kinds:                                   # found in the text after its spaces are settled
@@ -1685,12 +1642,13 @@ def tokenizer_from_llama2c(data, vocab_size):
     tokens, scores, at = [], [], 4
     while at < len(data) and len(tokens) < vocab_size:
         score, length = struct.unpack_from("<fi", data, at)
-        refuse("the tokenizer file has a token of %d bytes" % length, when=length < 0)
+        refuse(length < 0, "the tokenizer file has a token of %d bytes", length)
         tokens.append(data[at + 8:at + 8 + length].decode().replace(" ", SPACE))
         scores.append(score)
         at += 8 + length
-    refuse("the tokenizer file holds %s tokens than the %d of the model" % (
-        "more" if at < len(data) else "fewer", vocab_size), when=at != len(data) or len(tokens) != vocab_size)
+    refuse(at != len(data) or len(tokens) != vocab_size,
+           "the tokenizer file holds %s tokens than the %d of the model",
+           "more" if at < len(data) else "fewer", vocab_size)
     tokens[:3] = ["<unk>", "<s>", "</s>"]               # its writer put line ends around <s> and </s>
     kinds = [NORMAL if byte_token(text) is None else BYTE for text in tokens]
     kinds[:3] = [UNKNOWN, CONTROL, CONTROL]
@@ -1744,15 +1702,15 @@ def tokenizer_from_gguf(pairs, vocab_size):
         return pairs.get("tokenizer.ggml." + key, default)
 
     model, tokens, flags = get("model"), get("tokens", []), ["add_bos"]
-    refuse("the GGUF file has a tokenizer of the kind %r; llama and gpt2 are supported" % model,
-           when=model not in ("llama", "gpt2"))
+    refuse(model not in ("llama", "gpt2"),
+           "the GGUF file has a tokenizer of the kind %r; llama and gpt2 are supported", model)
     builder, unknown, numbers = TokenizerBuilder(vocab_size), get("unknown_token_id"), range(len(tokens))
     kinds = [kind or NORMAL for kind in get("token_type", [NORMAL] * len(tokens))]
     if model == "llama":
         score_tokenizer(builder, tokens, get("scores", [0.0] * len(tokens)), kinds, unknown or 0,
                         7 if get("add_space_prefix", True) else 0)
-        refuse("the GGUF file's tokenizer uses remove_extra_whitespaces, which is not supported",
-               when=get("remove_extra_whitespaces"))
+        refuse(get("remove_extra_whitespaces"),
+               "the GGUF file's tokenizer uses remove_extra_whitespaces, which is not supported")
     else:
         patterns, flags = gguf_patterns(get("pre", "default"))
         if "nfc" in flags:
@@ -1772,8 +1730,6 @@ def tokenizer_from_gguf(pairs, vocab_size):
     for name, token in (("bos_token", bos), ("eos_token", ends[0] if ends else None), ("unk_token", unknown)):
         if token in numbers:
             builder.ends(name, tokens[token], token)
-    if ends:
-        builder.meta["token.eos"] = " ".join("%d" % end for end in dict.fromkeys(ends))
     return builder.finish()
 
 
@@ -1825,24 +1781,21 @@ class ChatUndefined:
 UNDEFINED = ChatUndefined()
 
 
-def chat_refuse(what, *values):
-    raise Refused("the chat template " + (what % values if values else what))
+def chat_refuse(when, what, *values):
+    refuse(when, "the chat template " + what, *values)
 
 
 def chat_text(value):
     if value is None or isinstance(value, (str, int, ChatUndefined)):
         return str(value)
-    chat_refuse("writes a list, a mapping or a function")
-
-
-def chat_remainder(a, b):
-    return a % b if isinstance(a, int) else chat_refuse("calculates with a text")
+    chat_refuse(True, "writes a list, a mapping or a function")
 
 
 CHAT_OPERATORS = {                                      # by their names in Python's trees
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt,
     "GtE": operator.ge, "In": lambda a, b: a in b, "NotIn": lambda a, b: a not in b, "Not": operator.not_,
-    "Add": operator.add, "Sub": operator.sub, "USub": operator.neg, "Mod": chat_remainder,
+    "Add": operator.add, "Sub": operator.sub, "USub": operator.neg,
+    "Mod": lambda a, b: a % b if isinstance(a, int) else chat_refuse(True, "calculates with a text"),
     "MatMult": lambda a, b: chat_text(a) + chat_text(b)}
 CHAT_COMPARISONS = "Eq NotEq Lt LtE Gt GtE In NotIn".split()
 CHAT_FILTERS = {                                        # and tests, given the running template and a value
@@ -1855,11 +1808,10 @@ CHAT_FILTERS = {                                        # and tests, given the r
     "rejectattr": lambda run, v, key, test, *args: [
         x for x in v or () if not run.filter("is_" + test, run.member(x, key), *args)],
     "is_defined": lambda run, v: v is not UNDEFINED, "is_undefined": lambda run, v: v is UNDEFINED,
-    "is_true": lambda run, v: v is True, "is_false": lambda run, v: v is False,
+    "is_true": lambda run, v: v is True, "is_false": lambda run, v: v is False, "is_none": lambda run, v: v is None,
     "is_boolean": lambda run, v: isinstance(v, bool), "is_number": lambda run, v: isinstance(v, int),
-    "is_none": lambda run, v: v is None, "is_string": lambda run, v: isinstance(v, str),
-    "is_mapping": lambda run, v: isinstance(v, dict), "is_iterable": lambda run, v: hasattr(v, "__iter__"),
-    "is_sequence": lambda run, v: hasattr(v, "__len__"),
+    "is_string": lambda run, v: isinstance(v, str), "is_mapping": lambda run, v: isinstance(v, dict),
+    "is_iterable": lambda run, v: hasattr(v, "__iter__"), "is_sequence": lambda run, v: hasattr(v, "__len__"),
     "is_equalto": lambda run, a, b: run.operate("Eq", a, b)}
 CHAT_TREES = {                                          # given the running template, a tree and the scope
     "Constant": lambda run, t, s: UNDEFINED if t.value is ... else t.value,
@@ -1882,17 +1834,15 @@ CHAT_TREES = {                                          # given the running temp
 
 class ChatTemplate:
     def __init__(self, source):
-        if len(source) > 1 << 15:
-            chat_refuse("is longer than 32768 characters")
+        chat_refuse(len(source) > 1 << 15, "is longer than 32768 characters")
         self.steps, self.size, self.out, self.literals = CHAT_STEPS, 0, [], {}
         self.body = self.guarded(lambda: ast.parse(self.program(source)).body)
 
     def render(self, messages, special, add_generation_prompt=True):
         """What transformers' apply_chat_template gives."""
         scope = {name: text for name, text in special.items() if text is not None}
-        scope.update(messages=messages, tools=None, documents=None, range=self.range,
-                     namespace=lambda **names: ChatNames(names), raise_exception=self.raised,
-                     add_generation_prompt=add_generation_prompt)
+        scope.update(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                     range=self.range, raise_exception=self.raised, namespace=lambda **names: ChatNames(names))
         self.out, self.size = [], 0
         self.guarded(lambda: self.run(self.body, scope))
         return "".join(self.out)
@@ -1901,9 +1851,9 @@ class ChatTemplate:
         try:
             return work()
         except (RecursionError, MemoryError):
-            chat_refuse("is nested too deeply")
+            chat_refuse(True, "is nested too deeply")
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, SyntaxError) as error:
-            chat_refuse("fails: %s", error)
+            chat_refuse(True, "fails: %s", error)
 
     # -- Reading: text, {{ }} and {% %} parts
 
@@ -1926,8 +1876,8 @@ class ChatTemplate:
             end = CHAT_ENDS[kind].match(source, at)
             while not end or len(ifs) > 1:      # a }} may also close two mappings
                 word = CHAT_WORD.match(source, at)
-                if not word or kind == "#" or len(words) > 1000:
-                    chat_refuse("has an unfinished or unreadable tag: %r", source[tag.start():][:40])
+                chat_refuse(not word or kind == "#" or len(words) > 1000,
+                            "has an unfinished or unreadable tag: %r", source[tag.start():][:40])
                 words.append(self.python(word.lastgroup, word.group(word.lastgroup), ifs))
                 if kind == "%" and len(words) == 1:     # the `if` of a `for` takes no `else`
                     ifs = [-1 if words == ["for"] else 0]
@@ -1967,8 +1917,7 @@ class ChatTemplate:
             if ends and name == ends[-1]:
                 ends.pop()
                 continue
-            if kind == "%" and name not in CHAT_STATEMENTS:
-                chat_refuse("uses the statement %r", name)
+            chat_refuse(kind == "%" and name not in CHAT_STATEMENTS, "uses the statement %r", name)
             line = {"text": repr(text), "{": "(%s)" % text}.get(kind) or CHAT_STATEMENTS[name] % rest
             if name == "set" and rest.isidentifier():
                 line = "with %s:" % rest        # its value is what the lines up to endset write
@@ -1976,9 +1925,8 @@ class ChatTemplate:
             if kind == "%" and line.endswith(":"):
                 ends += ["end" + name] if name not in ("elif", "else") else []
                 lines.append(" " * len(ends) + "pass")
-            if len(ends) > 50:
-                chat_refuse("is nested too deeply")
-        return chat_refuse("lacks %r", ends[-1]) if ends else "\n".join(lines)
+            chat_refuse(len(ends) > 50, "is nested too deeply")
+        return chat_refuse(True, "lacks %r", ends[-1]) if ends else "\n".join(lines)
 
     # -- Running: statements
 
@@ -1990,8 +1938,7 @@ class ChatTemplate:
 
     def write(self, text):
         self.size += len(text)
-        if self.size > CHAT_TEXT:
-            chat_refuse("writes too much")
+        chat_refuse(self.size > CHAT_TEXT, "writes too much")
         self.out.append(text)
 
     def captured(self, body, scope):
@@ -2015,8 +1962,7 @@ class ChatTemplate:
         around, count = [UNDEFINED] + values + [UNDEFINED], len(values)
         for i, value in enumerate(values):
             loop = ChatNames(index=i + 1, index0=i, first=i == 0, last=i == count - 1, length=count,
-                             revindex=count - i, revindex0=count - i - 1,
-                             previtem=around[i], nextitem=around[i + 2])
+                             revindex=count - i, revindex0=count - i - 1, previtem=around[i], nextitem=around[i + 2])
             if self.run(tree.body, inside(value, loop=loop)) == "break":
                 break
         return None if values else self.run(tree.orelse, scope)
@@ -2027,8 +1973,8 @@ class ChatTemplate:
 
         def call(*values, **named):
             given, local = dict(zip(params, values), **named), dict(scope)
-            if len(values) > len(params) or set(named) - set(params):
-                chat_refuse("calls its macro %r with other arguments", tree.name)
+            chat_refuse(len(values) > len(params) or set(named) - set(params),
+                        "calls its macro %r with other arguments", tree.name)
             self.spend(len(scope) // 8)
             for name in params:
                 default = defaults.get(name, ast.Constant(...))
@@ -2041,15 +1987,14 @@ class ChatTemplate:
         if isinstance(target, ast.Name):
             scope[target.id] = value
         elif isinstance(target, ast.Tuple):
-            values = list(value)
-            if len(values) != len(target.elts):
-                chat_refuse("unpacks %d values into %d names", len(values), len(target.elts))
-            for name, v in zip(target.elts, values):
+            values, names = list(value), target.elts
+            chat_refuse(len(values) != len(names), "unpacks %d values into %d names", len(values), len(names))
+            for name, v in zip(names, values):
                 self.bind(scope, name, v)
         elif type(self.value(target.value, scope)) is ChatNames:
             self.value(target.value, scope)[target.attr] = value
         else:
-            chat_refuse("sets %r of what is no namespace", target.attr)
+            chat_refuse(True, "sets %r of what is no namespace", target.attr)
 
     # -- Running: expressions
 
@@ -2057,7 +2002,7 @@ class ChatTemplate:
         """The value of a tree; every step and every size is paid for."""
         kind = type(tree).__name__
         rule = CHAT_TREES.get(kind) or getattr(ChatTemplate, "value_" + kind, None)
-        return self.weighed(rule(self, tree, scope) if rule else chat_refuse("has a %s", kind))
+        return self.weighed(rule(self, tree, scope) if rule else chat_refuse(True, "has a %s", kind))
 
     def values(self, trees, scope):
         return [self.value(tree, scope) for tree in trees]
@@ -2065,27 +2010,26 @@ class ChatTemplate:
     def spend(self, steps):
         self.steps -= steps
         if self.steps < 0:
-            chat_refuse("takes too long")
+            chat_refuse(True, "takes too long")
 
     def weighed(self, value):
         size = len(value) if isinstance(value, (str, list, tuple, dict)) else 0
         self.spend(1 + (size >> 6 if isinstance(value, str) else size))
         if size > CHAT_TEXT or isinstance(value, int) and abs(value) >> 63:
-            chat_refuse("makes too large a value")
+            chat_refuse(True, "makes too large a value")
         return value
 
     def searched(self, text, word):
         """The text, paid for that a word is looked for in it, or put into it everywhere."""
         size = (len(text) + 1) * (len(word) + 1) if isinstance(text, str) and isinstance(word, str) else 0
         self.spend(size >> 8)
-        return chat_refuse("makes too large a value") if size >> 22 else text
+        return chat_refuse(True, "makes too large a value") if size >> 22 else text
 
     def operate(self, name, a, *b):
         if name in ("In", "NotIn"):
             self.searched(b[0], a)
-        if name in CHAT_COMPARISONS and isinstance(a, (list, tuple, dict)):
-            chat_refuse("compares a list")
-        return (CHAT_OPERATORS.get(name) or chat_refuse("uses the operator %s", name))(a, *b)
+        chat_refuse(name in CHAT_COMPARISONS and isinstance(a, (list, tuple, dict)), "compares a list")
+        return (CHAT_OPERATORS.get(name) or chat_refuse(True, "uses the operator %s", name))(a, *b)
 
     def value_BoolOp(self, tree, scope):
         for part in tree.values:
@@ -2120,14 +2064,14 @@ class ChatTemplate:
             return not self.filter("is_" + name[5:], value, *args, **named)
         if name in ("trim", "upper", "lower", "capitalize", "replace"):
             return self.method(chat_text(value), "strip" if name == "trim" else name, *args)
-        if name not in CHAT_FILTERS:
-            chat_refuse("uses the %s %r", *(("test", name[3:]) if name[:3] == "is_" else ("filter", name)))
+        what = ("test", name[3:]) if name.startswith("is_") else ("filter", name)
+        chat_refuse(name not in CHAT_FILTERS, "uses the %s %r", *what)
         return CHAT_FILTERS[name](self, value, *args, **named)
 
     def value_Call(self, tree, scope):
         function = self.value(tree.func, scope)
-        if not callable(function):
-            chat_refuse("needs the function %r", getattr(tree.func, "id", getattr(tree.func, "attr", "?")))
+        name = getattr(tree.func, "id", getattr(tree.func, "attr", "?"))
+        chat_refuse(not callable(function), "needs the function %r", name)
         named = {name.arg: self.value(name.value, scope) for name in tree.keywords}
         return function(*self.values(tree.args, scope), **named)
 
@@ -2139,15 +2083,14 @@ class ChatTemplate:
         """value.key or, as an item, value[key]: methods have precedence in the one, items in the other."""
         methods, names = CHAT_METHODS.get(type(value), ()), isinstance(value, dict)
         if value is UNDEFINED:
-            chat_refuse("asks for %r of a value that has none", chat_text(key)[:40])
+            chat_refuse(True, "asks for %r of a value that has none", chat_text(key)[:40])
         if names and (item or key not in methods) and (key in value or type(value) is ChatNames):
             return value.get(key, UNDEFINED)
         if isinstance(key, int) and isinstance(value, (str, list, tuple)):
             return value[key] if -len(value) <= key < len(value) else UNDEFINED
         if key in methods:
             return lambda *args: self.method(value, key, *args)
-        if isinstance(key, str) and hasattr(type(value), key):
-            chat_refuse("uses the method %r", key)
+        chat_refuse(isinstance(key, str) and hasattr(type(value), key), "uses the method %r", key)
         return UNDEFINED
 
     def method(self, value, name, *args):
@@ -2181,13 +2124,12 @@ def render_format(chat, messages):
     block = "" if head is None else get("system.before") + strip("system", head) + get("system.after")
     where = {"first": 0, "last": len(turns) - 1}.get(get("system.place"))   # the last turn is the user's
     out = get("begin") + (block if get("system.place") == "start" else "")
-    for i, turn in enumerate(turns):
-        role, text = turn["role"], strip(turn["role"], turn["content"])
-        if role == "assistant" and get("think.end") and get("think.end") in text:
-            text = text.split(get("think.end"))[-1]
-            text = {"newlines": text.lstrip("\n"), "space": text.strip()}.get(get("think.trim"), text)
+    for i, (role, text) in enumerate((turn["role"], strip(turn["role"], turn["content"])) for turn in turns):
         if role == "user":
             text = strip("turn", block + text if i == where else text)
+        elif get("think.end") and get("think.end") in text:
+            text = text.split(get("think.end"))[-1]
+            text = {"newlines": text.lstrip("\n"), "space": text.strip()}.get(get("think.trim"), text)
         out += get(role + ".before") + text + get(role + ".after")
     return out + get("generate")
 
@@ -2213,8 +2155,8 @@ def chat_candidates(program, special, texts, system):
         """What stands around the markers, and where the system text is among them."""
         text = program.render(chat_messages(head, *texts), special, generate)
         found = re.findall(marks, text)
-        if [f for f in found if f != system] != texts or found.count(system) > 1:
-            chat_refuse("does not write every text once and in order")
+        chat_refuse([f for f in found if f != system] != texts or found.count(system) > 1,
+                    "does not write every text once and in order")
         return re.split(marks, text), found.index(system) if system in found else None
 
     def shared(*strings):
@@ -2258,8 +2200,7 @@ def chat_candidates(program, special, texts, system):
                 chat["chat.system.default"] = text
             tidy = text == block[1] == "", -shared(user, block[1]), i < closing, abs(i - closing)
             found.append((tidy, chat))          # users begin like the system, answers end like users
-    if not found:
-        chat_refuse("begins its first turn in another way than the later ones")
+    chat_refuse(not found, "begins its first turn in another way than the later ones")
     return [chat for _, chat in sorted(found, key=lambda f: f[0])], place is not None
 
 
@@ -2563,31 +2504,31 @@ PICKLED = ("pickled weights; of these, only zip files of torch.save are read, by
 HEAD_FILES = ("model.safetensors", "pytorch_model.bin", "medusa_lm_head.pt", "medusa_lm_head.safetensors")
 EXPECTED = ("expected: a Hugging Face folder, its name on the hub (org/name), a GGUF file or a .bin of "
             "llama2.c")
-FOREIGN = ((rb"\x80[\2-\5]|\(dp", PICKLED), (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF", "a picture or a sound"),
-           (rb"\x7fELF|MZ", "a program"),
+FOREIGN = ((rb"\Z", "an empty file"), (rb"\x80[\2-\5](?!\0)|\(dp", PICKLED),
+           (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF", "a picture or a sound"), (rb"\x7fELF|MZ", "a program"),
            (rb"\x1f\x8b|BZh|7z|\xfd7zXZ", "a compressed file: unpack it first"),
            (rb"version ht", "a Git LFS pointer in place of the file: git lfs pull fetches it"),
-           (rb"\s*<", "a web page, not the file that it leads to"), (rb"%PDF", "a document"),
+           (rb"\s*<[!?a-zA-Z]", "a web page, not the file that it leads to"), (rb"%PDF", "a document"),
            (rb"\s*[{\[]\s*[\"\]}\[{0-9-]", "JSON; give the folder that it is in"), (rb"[\t-\r -~]{10}", "a text"))
 
 
 def beside(folder, *names):
     """The first of these files that exists in the folder, or None."""
-    paths = [os.path.join(folder, name) for name in names]
-    return next((p for p in paths if os.path.isfile(p)), None)
+    return next((p for p in (os.path.join(folder, name) for name in names) if os.path.isfile(p)), None)
 
 
 def read_start(path):
     try:
         with open(path, "rb") as file:
-            return file.read(2)
+            return file.read(10)
     except OSError:
         return b""
 
 
 def is_pickled(path):
-    """Whether PyTorch wrote it: a zip file, or pickles one after the other."""
-    return read_start(path) in (b"PK", b"\x80\2", b"\x80\3", b"\x80\4")
+    """Whether PyTorch wrote it: a zip file, or pickles one after the other. A safetensors file may begin with the
+    same bytes, as it begins with a length, but its header with the ninth."""
+    return re.match(rb"PK|\x80[\2-\4]", read_start(path)) and read_start(path)[8:9] != b"{"
 
 
 def load_llama2c(model, path):
@@ -2595,10 +2536,10 @@ def load_llama2c(model, path):
     model.kind = "llama2.c, version %d" % version
     model.meta.update(facts)
     collect(model, model.unused, (), False, None)
-    vocab = facts["vocab_size"]
-    found = model.options.tokenizer or beside(os.path.dirname(path), "tok%d.bin" % vocab, "tokenizer.bin")
-    if found and found != "none":
-        model.tokenizer = tokenizer_from_llama2c(read_small(found), vocab)
+    names = "tok%d.bin" % facts["vocab_size"], "tokenizer.bin"
+    found = model.options.tokenizer or beside(os.path.dirname(path), *names) or "none"
+    if found != "none":
+        model.tokenizer = tokenizer_from_llama2c(read_small(found), facts["vocab_size"])
 
 
 def load_gguf(model, path):
@@ -2617,20 +2558,20 @@ def load_folder(model, folder, weights=None):
     gguf = ["; give %s itself" % n for n in names if n.endswith(".gguf")]
     pickles = ["; %s: %s" % (n, PICKLED) for n in names
                if n.endswith((".bin", ".pt", ".pth")) and is_pickled(os.path.join(folder, n))]
-    check({"config.json", "params.json"} & set(names), folder or ".", "a folder without config.json%s", *(
-        gguf + pickles + ["; " + EXPECTED])[:1])
+    check({"config.json", "params.json"} & set(names), folder or ".", "a folder without config.json%s",
+          (gguf + pickles + ["; " + EXPECTED])[0])
     if "config.json" not in names:
         path = beside(folder, "consolidated.pth", "consolidated.00.pth")
         check(path and "consolidated.01.pth" not in names, folder, "no consolidated.pth here, or several")
         read_torch(path, model.unused)
         model.kind = "Meta"
-        model_from_meta(model, read_json(beside(folder, "params.json")), model.unused)
+        model_from_meta(model, read_json(os.path.join(folder, "params.json")), model.unused)
         return find_tokenizer(model, folder, {})
-    config, index = read_json(beside(folder, "config.json")), beside(folder, "model.safetensors.index.json")
+    config, index = read_json(os.path.join(folder, "config.json")), beside(folder, "model.safetensors.index.json")
     files = [weights or beside(folder, "model.safetensors", "pytorch_model.bin")]
     if index and not weights:
         files = [os.path.join(folder, name) for name in shard_names(index)]
-    check(files[0], folder, "no model.safetensors here%s", *(pickles + [""])[:1])
+    check(files[0], folder, "no model.safetensors here%s", (pickles + [""])[0])
     for name in files:
         read_weights(name, model.unused)
     model.kind = "Hugging Face, %d file%s" % (len(files), "s" if len(files) > 1 else "")
@@ -2639,18 +2580,19 @@ def load_folder(model, folder, weights=None):
 
 
 def find_tokenizer(model, folder, config):
-    def beside_json(name, key):
-        return read_json(beside(folder, name)).get(key) if beside(folder, name) else None
-    model.end_tokens = [config.get("eos_token_id"), beside_json("generation_config.json", "eos_token_id")]
+    """Of a folder: the tokenizer, the tokens that end a text, the chat template."""
+    generation, settings = (read_json(os.path.join(folder, name), {})
+                            for name in ("generation_config.json", "tokenizer_config.json"))
+    model.end_tokens = [config.get("eos_token_id"), generation.get("eos_token_id")]
     names = ("tokenizer.json", "tokenizer.model")
     given = model.options.tokenizer or beside(folder, *names) or "none"
     check(given == "none" or os.path.basename(given) in names, given, "this is none of %s", " ".join(names))
     if given != "none":
         model.tokenizer = tokenizer_from_hf(os.path.dirname(given) or ".", model.meta["vocab_size"])
-    template = beside_json("tokenizer_config.json", "chat_template")
+    template = settings.get("chat_template")
     if isinstance(template, list):                      # several, by name
-        template = next((t.get("template") for t in template if isinstance(t, dict)
-                         and t.get("name") == "default"), None)
+        named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = (named + [None])[0]
     if beside(folder, "chat_template.jinja"):
         template = read_small(beside(folder, "chat_template.jinja")).decode("utf-8", "replace")
     model.chat_template = template
@@ -2677,12 +2619,12 @@ def load(model, source, scratch):
         load_folder(model, source)
         return name
     if not os.path.exists(source):
-        on_hub = re.match(r"[\w.-]+/[\w.-]+(@[\w./-]+)?\Z", source, re.A)
+        on_hub = re.match(r"[\w.-]+/([\w.-]+)(@[\w./-]+)?\Z", source, re.A)
         check(on_hub and not source.endswith((".gguf", ".bin", ".safetensors")), source,
               "no such file or folder here; %s", EXPECTED)
         sys.stderr.write("  no file or folder here has this name: asking the hub\n")
         load_folder(model, download(source, model))
-        return source.split("@")[0].split("/")[1]
+        return on_hub[1]
     file = File(source)
     head = file.read(min(10, file.size))
     if head[:4] == b"PK\3\4":
@@ -2696,8 +2638,7 @@ def load(model, source, scratch):
         load_folder(model, os.path.dirname(source), source)
     else:
         found = [words for pattern, words in FOREIGN if re.match(pattern, head)]
-        found = ["an empty file"] if file.size == 0 else found
-        check(not found, source, "found %s; %s", found and found[0], EXPECTED)
+        check(not found, source, "found %s; %s", (found + [""])[0], EXPECTED)
         load_llama2c(model, source)
     return os.path.splitext(name)[0]
 
@@ -2719,7 +2660,7 @@ def load_trunk(options, scratch):
     names = {t.name: t for t in trunk.tensors}
     norm = names.get("output_norm.weight")
     check(norm and norm.kind == "F32" and "token_embd.weight" in names, source, "this is no trunk")
-    return trunk, "%08x" % zlib.crc32(b"".join(norm.chunks()))
+    return trunk, "%08x" % zlib.crc32(norm.bytes())
 
 
 def load_heads(model, source, scratch):
@@ -2728,12 +2669,11 @@ def load_heads(model, source, scratch):
     if os.path.isdir(source):
         folder, path = source, beside(source, *HEAD_FILES)
     check(path and os.path.isfile(path), source, "no draft heads here; expected: %s", " ".join(HEAD_FILES))
-    config = read_json(beside(folder, "config.json")) if beside(folder, "config.json") else {}
+    config = read_json(os.path.join(folder, "config.json"), {})
     trunk, model.meta["draft.trunk"] = load_trunk(model.options, scratch)
     model.meta["run.c"] = "heads 1"
     read_weights(path, model.unused)
-    medusa = any(re.match(r"(medusa_heads?\.)?0\.0\.linear\.|(medusa_heads?\.)?blocks\.0\.", name)
-                 for name in model.unused)
+    medusa = any(re.match(r"(medusa_heads?\.)?(0\.0\.linear|blocks\.0)\.", name) for name in model.unused)
     (medusa_heads if medusa else eagle_head)(model, config, model.unused, trunk)
     model.kind = "for %s" % os.path.basename(os.path.abspath(model.options.heads_for))
     return os.path.basename(os.path.abspath(source)) + "-heads"
@@ -2741,24 +2681,23 @@ def load_heads(model, source, scratch):
 
 def attach(model):
     """The tokenizer's tensors and metadata, the ids that end a generation, the chat format."""
-    m, ends, tokenizer = model.meta, [], model.tokenizer or {"special": {}}
+    m, ends = model.meta, set()
     if model.tokenizer:
-        m.update(tokenizer["meta"])
+        m.update(model.tokenizer["meta"])
         model.tensors = [Tensor(name, kind, shape, data=data) for name, (kind, shape, data)
-                         in tokenizer["tensors"].items()] + model.tensors
-        model.notes += tokenizer["notes"]
-        ends = [int(i) for i in m.pop("token.eos", "").split()]
-    for value in model.end_tokens:
-        for i in value if isinstance(value, list) else [value]:
-            if is_int(i, 0, m["vocab_size"] - 1):
-                ends.append(i)
-            elif i is not None:
-                model.notes.append("end token %s is none of the %d tokens" % (short(i), m["vocab_size"]))
+                         in model.tokenizer["tensors"].items()] + model.tensors
+        model.notes += model.tokenizer["notes"]
+        ends.update(map(int, m.pop("token.eos", "").split()))
+    for i in itertools.chain(*(value if isinstance(value, list) else [value] for value in model.end_tokens)):
+        if is_int(i, 0, m["vocab_size"] - 1):
+            ends.add(i)
+        elif i is not None:
+            model.notes.append("end token %s is none of the %d tokens" % (short(i), m["vocab_size"]))
     if ends:
-        m["token.eos"] = " ".join(map(str, sorted(set(ends))))
+        m["token.eos"] = " ".join(map(str, sorted(ends)))
     if isinstance(model.chat_template, str) and model.tokenizer:
         try:
-            m.update(chat_from_template(model.chat_template, tokenizer["special"]))
+            m.update(chat_from_template(model.chat_template, model.tokenizer["special"]))
             model.notes.append("chat: the model's template, as fixed texts around the turns")
         except Refused as error:
             model.notes.append("chat refused, generate works: %s" % error)
@@ -2771,10 +2710,9 @@ def describe(model):
     for t in model.tensors:
         if not t.name.startswith("tokenizer."):
             kinds.setdefault(t.kind, []).append(t.size)
-    weights = ("weights", ", ".join("%d %s (%s)" % (len(n), kind, bytes_text(sum(n)))
-                                    for kind, n in kinds.items()))
+    lines = [("weights", ", ".join("%d %s (%s)" % (len(n), kind, bytes_text(sum(n))) for kind, n in kinds.items()))]
     if model.options.heads_for:
-        lines = [("heads", "%s (%s)" % (m["name"], model.kind)), weights]
+        lines.insert(0, ("heads", "%s (%s)" % (m["name"], model.kind)))
     else:
         extra = [", %s %s" % (key, m[key]) for key in ("rope.attention_factor", "window") if key in m]
         merge = "BPE by " + m["tokenizer.merge"] if model.tokenizer else "no tokenizer: ids are the interface"
@@ -2784,15 +2722,15 @@ def describe(model):
                       "%(head_dim)d, %(n_kv_heads)d for keys and values" % m),
             ("positions", "context %d, RoPE base %s%s%s" % (
                 m["context_length"], m["rope.base"], ", scaled" * ("rope.freqs" in names), "".join(extra))),
-            weights,
-            ("output", "its own matrix" if "output.weight" in names else "tied to the embedding"),
+            *lines, ("output", "its own matrix" if "output.weight" in names else "tied to the embedding"),
             ("tokens", "%d, %s; end: %s" % (m["vocab_size"], merge, m.get("token.eos", "none")))]
     for i in range(m.get("draft.count", 0)):
-        h = {key[len("draft.%d." % i):]: value for key, value in m.items() if key.startswith("draft.%d." % i)}
+        prefix = "draft.%d." % i
+        layers = " " + m[prefix + "layers"] if prefix + "layers" in m else ""
         lines.append(("head %d" % i, "%s, reads %s%s, %d rows of %s" % (
-            h["kind"], h["state"], " " + h["layers"] if "layers" in h else "", h["vocab_size"],
-            "its own" if "draft.%d.output.weight" % i in names else "the trunk's")))
-    if not (model.tokenizer or model.options.heads_for) and model.options.tokenizer != "none":
+            m[prefix + "kind"], m[prefix + "state"], layers, m[prefix + "vocab_size"],
+            "its own" if prefix + "output.weight" in names else "the trunk's")))
+    if not (model.tokenizer or model.options.heads_for or model.options.tokenizer == "none"):
         lines.append(("note", "no tokenizer was found, so prompts will be lists of ids; --tokenizer FILE names one"))
     lines += [("note", n) for n in model.notes]
     lines += [("not used", "%s %s %s" % (t.name, t.kind, list(t.shape))) for t in model.unused.values()]
@@ -2812,10 +2750,10 @@ def export(options, scratch):
     m, out, run = model.meta, options.o or stem + ".bin", os.path.relpath(options.run)
     m["name"] = options.name or m.get("name", stem)
     if options.context is not None:
-        most = max([n for key, n in m.items() if key.endswith("context_length")], default=0)
-        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d",
-              options.context, most)
-        m.update({key: min(n, options.context) for key, n in m.items() if key.endswith("context_length")})
+        contexts = {key: n for key, n in m.items() if key.endswith("context_length")}
+        most = max(contexts.values(), default=0)
+        check(1 <= options.context <= most, "--context", "%d; this model takes 1 to %d", options.context, most)
+        m.update((key, min(n, options.context)) for key, n in contexts.items())
     m.setdefault("source", os.path.basename(os.path.abspath(options.source)))
     if options.license:
         m["license"] = options.license
@@ -2843,22 +2781,23 @@ def export(options, scratch):
 def usage():
     p = argparse.ArgumentParser(prog="export.py", description=__doc__.split("\n\nStandard")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--version", action="version", version="export.py, writes model files of version 1")
-    p.add_argument("source", metavar="SOURCE", help="what to export")
-    p.add_argument("-o", metavar="FILE", help="the file to write (default: NAME.bin in this folder)")
-    p.add_argument("--tokenizer", metavar="FILE", help="its tokenizer, if not beside it; none: leave it out")
-    p.add_argument("--heads-for", metavar="TRUNK", help="SOURCE holds draft heads alone, made for this model")
-    p.add_argument("--no-heads", dest="heads", action="store_false", help="leave a model's draft heads out")
-    p.add_argument("--context", metavar="N", type=int, help="the longest text, if less than the model can")
-    p.add_argument("--name", metavar="TEXT", help="name of the model in the file")
-    p.add_argument("--license", metavar="TEXT", help="licence of the model in the file")
-    p.add_argument("--ignore", metavar="FIELD", action="append", default=[],
-                   help="a field of the configuration that does not matter (may be repeated)")
-    p.add_argument("--no-pack", dest="pack", action="store_false", help="keep quantised blocks as they are")
-    p.add_argument("--run", metavar="PATH", help="the program that packs (default: run beside export.py)",
-                   default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "run"))
-    p.add_argument("--cache", metavar="FOLDER", help="where downloads are kept (default: %(default)s)",
-                   default=os.path.join(os.path.expanduser("~"), ".cache", "run.c"))
+    add, here = p.add_argument, os.path.dirname(os.path.abspath(__file__))
+    add("--version", action="version", version="export.py, writes model files of version 1")
+    add("source", metavar="SOURCE", help="what to export")
+    add("-o", metavar="FILE", help="the file to write (default: NAME.bin in this folder)")
+    add("--tokenizer", metavar="FILE", help="its tokenizer, if not beside it; none: leave it out")
+    add("--heads-for", metavar="TRUNK", help="SOURCE holds draft heads alone, made for this model")
+    add("--no-heads", dest="heads", action="store_false", help="leave a model's draft heads out")
+    add("--context", metavar="N", type=int, help="the longest text, if less than the model can")
+    add("--name", metavar="TEXT", help="name of the model in the file")
+    add("--license", metavar="TEXT", help="licence of the model in the file")
+    add("--ignore", metavar="FIELD", action="append", default=[],
+        help="a field of the configuration that does not matter (may be repeated)")
+    add("--no-pack", dest="pack", action="store_false", help="keep quantised blocks as they are")
+    add("--run", metavar="PATH", default=os.path.join(here, "run"),
+        help="the program that packs (default: run beside export.py)")
+    add("--cache", metavar="FOLDER", default=os.path.join(os.path.expanduser("~"), ".cache", "run.c"),
+        help="where downloads are kept (default: %(default)s)")
     return p
 
 

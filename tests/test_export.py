@@ -1032,6 +1032,21 @@ class Hostile(Export):
             put(os.path.join(folder, "config.json"), text)
             self.refused(word, folder)
 
+    def test_numbers_that_look_like_other_files(self):
+        """A safetensors file begins with a length, llama2.c's with a width: any bytes."""
+        for length in (0x4b50, 0x10280, 0x10380, 0x10480):
+            folder = hf_folder("hf")
+            path = os.path.join(folder, "model.safetensors")
+            data = get(path)
+            old = struct.unpack_from("<Q", data)[0]
+            put(path, struct.pack("<Q", length) + data[8:8 + old].ljust(length) + data[8 + old:])
+            self.same(self.good(folder), weights(True))
+        for dim in (640, 1152, 60, 828):
+            sizes = [2 * dim, dim, dim * dim, 2 * dim, 2 * dim, dim * dim, dim, 4 * dim, 4 * dim, 4 * dim, dim, 8, 8]
+            source = put(os.path.join(fresh_folder("export", "llama2c"), "s.bin"),
+                         struct.pack("<7i", dim, 4, 1, dim // 2, 1, 2, 8) + bytes(4 * sum(sizes)))
+            self.assertEqual(self.good(source).metadata["dim"], str(dim))
+
     def test_names_do_not_reach_the_terminal(self):
         p = gguf_pairs(general__name="a\x1b[31mb\nc")
         tensors = dict(gguf_tensors(), **{"\x1b[2Jextra": (0, (8,), bytes(32))})
