@@ -9,7 +9,7 @@ in the model file: this file knows no tokenizer by its name.
             "<|end|>"       a list in the file               " hello"              " hel" "lo"
 
 Map: the interface · what the file holds · UTF-8 · the tokenizer in memory · lookups · opening (where all is checked) ·
-one call of tokenizer_encode · merging · the pattern machine · NFC · the steps · added tokens · encoding · decoding
+one call of tokenizer_encode · merging · the pattern machine · NFC · added tokens · the steps · encoding · decoding
 
 Invariants
   I1  After tokenizer_open nothing in the file can lead out of bounds: every offset, id, jump and set number was
@@ -210,7 +210,8 @@ typedef struct {
 
 /* A hash table with open addressing, at most half full, of the rows of a tensor. */
 typedef struct {
-    uint32_t *slots, mask; /* 1 + row; 0: empty */
+    uint32_t *slots, mask;  /* 1 + row; 0: empty */
+    size_t longest;         /* key, in bytes */
     const uint8_t *rows;
     const int32_t *offsets; /* where each row begins; NULL: rows of 12 bytes, the first 8 the key */
 } tok_table;
@@ -280,10 +281,7 @@ static const uint8_t *tok_key(const tok_table *table, size_t row, size_t *n)
     return table->rows + (offsets ? (size_t)offsets[row] : 12 * row);
 }
 
-static const uint8_t *tok_bytes(const tokenizer *t, int id, size_t *length)
-{
-    return tok_key(&t->pieces, (size_t)id, length);
-}
+static const uint8_t *tok_bytes(const tokenizer *t, int id, size_t *n) { return tok_key(&t->pieces, (size_t)id, n); }
 
 /* The slot of a key, or the empty one where it belongs; NULL if the way there is longer than any honest table makes
    it. */
@@ -305,7 +303,7 @@ static uint32_t *tok_slot(const tok_table *table, const uint8_t *s, size_t n)
 /* The row of a key; -1 if there is none. */
 static int tok_find(const tok_table *table, const uint8_t *s, size_t n)
 {
-    const uint32_t *slot = tok_slot(table, s, n);
+    const uint32_t *slot = n <= table->longest ? tok_slot(table, s, n) : NULL;
     return slot ? (int)*slot - 1 : -1;
 }
 
@@ -313,12 +311,6 @@ static int tok_find_pair(const tok_table *table, int32_t left, int32_t right)
 {
     uint64_t pair = (uint64_t)(uint32_t)right << 32 | (uint32_t)left; /* as it lies in the file */
     return tok_find(table, (const uint8_t *)&pair, sizeof pair);
-}
-
-/* The token that merging may make and that spells these bytes; -1 if there is none. */
-static int tok_lookup(const tokenizer *t, const uint8_t *s, size_t n)
-{
-    return n <= t->longest ? tok_find(&t->pieces, s, n) : -1;
 }
 
 static int tok_table_new(tok_table *table, int n, const void *rows, const int32_t *offsets)
@@ -338,6 +330,8 @@ static int tok_add(tok_table *table, int row)
     uint32_t *slot = tok_slot(table, s, n);
     if (slot && !*slot)
         *slot = (uint32_t)row + 1;
+    if (n > table->longest)
+        table->longest = n;
     return slot != NULL;
 }
 
@@ -434,7 +428,7 @@ static int tok_open_pieces(tok_opening *o, tokenizer *t)
             t->joins[s[i - 1]][s[i] >> 3] |= (uint8_t)(1 << (s[i] & 7));
     }
     for (int b = 0; !t->chars && b < 256; b++) {
-        int id = tok_lookup(t, &(uint8_t){ (uint8_t)b }, 1);
+        int id = tok_find(&t->pieces, &(uint8_t){ (uint8_t)b }, 1);
         if (id >= 0)
             t->byte_tokens[b] = id;
     }
@@ -709,7 +703,7 @@ static void tok_consider(tok_job *j, const uint8_t *word, int32_t left, int32_t 
         return;
     const tok_symbol *s = j->symbols.data, *a = s + left, *b = s + right;
     uint32_t length = a->length + b->length;
-    int found = t->by_score ? tok_lookup(t, word + a->start, length) : tok_find_pair(&t->pairs, a->id, b->id);
+    int found = t->by_score ? tok_find(&t->pieces, word + a->start, length) : tok_find_pair(&t->pairs, a->id, b->id);
     if (found < 0)
         return;
     int result = t->by_score ? found : t->merges[3 * (size_t)found + 2];
@@ -769,17 +763,15 @@ static void tok_merge(tok_job *j, const uint8_t *word)
 static void tok_word(tok_job *j, const uint8_t *word, size_t n)
 {
     const tokenizer *t = j->t;
-    int whole = t->ignore_merges ? tok_lookup(t, word, n) : -1;
+    int whole = t->ignore_merges ? tok_find(&t->pieces, word, n) : -1;
     size_t length = 1, end = 0; /* of the last symbol */
     j->last_unknown = 0;
-    if (whole >= 0) {
+    if (whole >= 0)
         tok_emit(j, whole);
-        return;
-    }
-    for (size_t i = 0; i < n && !j->failed; i += length) {
+    for (size_t i = 0; i < n && whole < 0 && !j->failed; i += length) {
         if (t->chars)
             tok_utf8_get(word + i, n - i, &length);
-        int id = t->chars ? tok_lookup(t, word + i, length) : t->byte_tokens[word[i]];
+        int id = t->chars ? tok_find(&t->pieces, word + i, length) : t->byte_tokens[word[i]];
         if (id < 0 && !t->by_score && t->unknown < 0 && !tok_has_bytes(t, word + i, length))
             continue; /* dropped */
         if (end && !(t->joins[word[end - 1]][word[i] >> 3] >> (word[i] & 7) & 1))
@@ -932,10 +924,74 @@ static int tok_nfc(tok_job *j, const uint8_t *text, size_t n, tok_array *out)
     return 1;
 }
 
-/* ---- The steps ------------------------------------------------------------------------------------------------ */
+/* ---- Added tokens --------------------------------------------------------------------------------------------- */
 
-static void tok_scan(tok_job *j, int step, const uint8_t *text, const uint8_t *trust, size_t n, int place);
 static void tok_step_on(tok_job *j, int step, const uint8_t *text, size_t n, int place);
+
+/* The longest added token that the text begins with; -1 if there is none. trust as in tok_scan. Of those that are not
+   greater than the text the last shares the most with it: a shorter one can only lie in what is shared. */
+static int tok_find_added(const tokenizer *t, const uint8_t *text, const uint8_t *trust, size_t n)
+{
+    int normalized = trust ? 0 : TYPE_NORMALIZED;
+    for (size_t length, shared; n; n = shared < length ? shared : length - 1) {
+        int low = 0, high = t->n_added; /* those before `low` are not greater */
+        while (low < high) {
+            int middle = low + (high - low) / 2;
+            const uint8_t *s = tok_bytes(t, t->added[middle], &length);
+            if (tok_order(s, length, text, n) <= 0)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        if (!low)
+            break;
+        int id = t->added[low - 1];
+        const uint8_t *s = tok_bytes(t, id, &length);
+        for (shared = 0; shared < length && shared < n && s[shared] == text[shared];)
+            shared++;
+        if (shared == length && (t->types[id] & TYPE_NORMALIZED) == normalized &&
+            (tok_kind(t, id) == TOKEN_USER || !memchr(trust, 0, length))) /* I3 */
+            return id;
+    }
+    return -1;
+}
+
+/* May this character not touch a TYPE_WORD token? */
+static int tok_is_word(const tokenizer *t, uint32_t c)
+{
+    return t->word_set >= 0 && tok_in_set(t, t->word_set, t->atoms[c]);
+}
+
+/* Emits the added tokens of a text, and hands what is between them to the steps from number `step` on. trust: for
+   each byte whether it is trusted; NULL: look for the normalised ones. */
+static void tok_scan(tok_job *j, int step, const uint8_t *text, const uint8_t *trust, size_t n, int place)
+{
+    const tokenizer *t = j->t;
+    size_t done = 0, end = 0, length;
+    while (end < n && !j->failed) {
+        size_t begin = end++;
+        int id = t->begins[text[begin]] ? tok_find_added(t, text + begin, trust ? trust + begin : NULL, n - begin) : -1;
+        if (id < 0)
+            continue;
+        int type = t->types[id];
+        tok_bytes(t, id, &length);
+        end = begin + length;
+        if (type & TYPE_WORD && ((begin && tok_is_word(t, tok_utf8_before(text, begin, &length))) ||
+                                 (end < n && tok_is_word(t, tok_utf8_get(text + end, n - end, &length)))))
+            continue;
+        while (type & TYPE_LSTRIP && begin > done && tok_is_space(tok_utf8_before(text, begin, &length)))
+            begin -= length;
+        while (type & TYPE_RSTRIP && end < n && tok_is_space(tok_utf8_get(text + end, n - end, &length)))
+            end += length;
+        tok_step_on(j, step, text + done, begin - done, place);
+        tok_emit(j, id);
+        place = tok_kind(t, id) == TOKEN_USER ? AFTER_USER : AFTER_CONTROL;
+        done = end;
+    }
+    tok_step_on(j, step, text + done, n - done, place);
+}
+
+/* ---- The steps ------------------------------------------------------------------------------------------------ */
 
 static void tok_append(tok_job *j, tok_array *out, const uint8_t *bytes, size_t n)
 {
@@ -1044,75 +1100,6 @@ static void tok_step_on(tok_job *j, int step, const uint8_t *text, size_t n, int
     }
 }
 
-/* ---- Added tokens --------------------------------------------------------------------------------------------- */
-
-/* The longest added token that the text begins with; -1 if there is none. trust as in tok_scan. Of those that are not
-   greater than the text the last shares the most with it: a shorter one can only lie in what is shared. */
-static int tok_find_added(const tokenizer *t, const uint8_t *text, const uint8_t *trust, size_t n)
-{
-    int normalized = trust ? 0 : TYPE_NORMALIZED;
-    for (size_t length, shared; n; n = shared < length ? shared : length - 1) {
-        int low = 0, high = t->n_added; /* those before `low` are not greater */
-        while (low < high) {
-            int middle = low + (high - low) / 2;
-            const uint8_t *s = tok_bytes(t, t->added[middle], &length);
-            if (tok_order(s, length, text, n) <= 0)
-                low = middle + 1;
-            else
-                high = middle;
-        }
-        if (!low)
-            break;
-        int id = t->added[low - 1];
-        const uint8_t *s = tok_bytes(t, id, &length);
-        for (shared = 0; shared < length && shared < n && s[shared] == text[shared];)
-            shared++;
-        if (shared == length && (t->types[id] & TYPE_NORMALIZED) == normalized &&
-            (tok_kind(t, id) == TOKEN_USER || !memchr(trust, 0, length))) /* I3 */
-            return id;
-    }
-    return -1;
-}
-
-/* May this character not touch a TYPE_WORD token? */
-static int tok_is_word(const tokenizer *t, uint32_t c)
-{
-    return t->word_set >= 0 && tok_in_set(t, t->word_set, t->atoms[c]);
-}
-
-/* Emits the added tokens of a text, and hands what is between them to the steps from number `step` on. trust: for
-   each byte whether it is trusted; NULL: look for the normalised ones. */
-static void tok_scan(tok_job *j, int step, const uint8_t *text, const uint8_t *trust, size_t n, int place)
-{
-    const tokenizer *t = j->t;
-    size_t done = 0, at = 0, length;
-    while (at < n && !j->failed) {
-        int id = -1;
-        if (t->begins[text[at]])
-            id = tok_find_added(t, text + at, trust ? trust + at : NULL, n - at);
-        if (id < 0) {
-            at++;
-            continue;
-        }
-        tok_bytes(t, id, &length);
-        size_t begin = at, end = at + length;
-        int type = t->types[id];
-        at = end;
-        if (type & TYPE_WORD && ((begin && tok_is_word(t, tok_utf8_before(text, begin, &length))) ||
-                                 (end < n && tok_is_word(t, tok_utf8_get(text + end, n - end, &length)))))
-            continue;
-        while (type & TYPE_LSTRIP && begin > done && tok_is_space(tok_utf8_before(text, begin, &length)))
-            begin -= length;
-        while (type & TYPE_RSTRIP && end < n && tok_is_space(tok_utf8_get(text + end, n - end, &length)))
-            end += length;
-        tok_step_on(j, step, text + done, begin - done, place);
-        tok_emit(j, id);
-        place = tok_kind(t, id) == TOKEN_USER ? AFTER_USER : AFTER_CONTROL;
-        at = done = end;
-    }
-    tok_step_on(j, step, text + done, n - done, place);
-}
-
 /* ---- Encoding ------------------------------------------------------------------------------------------------- */
 
 int tokenizer_encode(const tokenizer *t, const tokenizer_span *spans, int n_spans, int **ids, int *n_ids)
@@ -1174,14 +1161,11 @@ size_t tokenizer_stream_put(const tokenizer *t, tokenizer_stream *s, int id, cha
     const char *piece = tokenizer_piece(t, id, &length, &kind);
     if (!length || (!s->controls && (kind == TOKEN_CONTROL || kind == TOKEN_UNKNOWN)))
         return 0;
-    if (t->strip_space && !s->started && piece[0] == ' ') {
-        piece++;
-        length--;
-    }
+    size_t skip = t->strip_space && !s->started && piece[0] == ' ';
     s->started = 1;
     memcpy(out, s->bytes, n);
-    memcpy(out + n, piece, length);
-    n += length;
+    memcpy(out + n, piece + skip, length - skip);
+    n += length - skip;
     s->n = 0;
     for (size_t k = n < 3 ? n : 3; k > 0 && !s->n; k--)
         if (tok_utf8_length((uint8_t *)out + n - k, k) > k)
