@@ -204,8 +204,9 @@ static int tok_is_space(uint32_t c)
 /* ---- The tokenizer in memory ---------------------------------------------------------------------------------- */
 
 typedef struct {
-    int op, n;           /* operation, number of arguments */
-    const int32_t *args; /* in the file */
+    int op, n;            /* operation, number of arguments */
+    const int32_t *args;  /* in the file */
+    const uint8_t *bytes; /* those after the first, if they are bytes */
 } tok_step;
 
 /* A hash table with open addressing, at most half full, of the rows of a tensor. */
@@ -234,6 +235,7 @@ struct tokenizer {
     int32_t byte_tokens[256]; /* byte -> its token, -1: none. BPE starts from them, or falls back */
     uint8_t begins[256];      /* some added token begins with this byte */
     uint8_t joins[256][32];   /* bit set: these two bytes stand side by side in some token (I4) */
+    uint8_t *step_bytes;      /* the program, each number as a byte */
     uint8_t *atoms;           /* [TOK_ALL_POINTS] atom; NULL: no pattern */
     uint32_t *nfc;            /* [TOK_ALL_POINTS] bits below; NULL: never normalises */
 };
@@ -248,9 +250,9 @@ static int tok_is_ordinary(const tokenizer *t, int id)
     return tok_kind(t, id) == TOKEN_NORMAL || tok_kind(t, id) == TOKEN_USER;
 }
 
-static int tok_in_set(const tokenizer *t, int set, unsigned atom)
+static int tok_in_set(const tokenizer *t, int set, int atom)
 {
-    return (int)((uint32_t)t->sets[8 * set + (int)(atom >> 5)] >> (atom & 31) & 1);
+    return (uint32_t)t->sets[8 * set + atom / 32] >> atom % 32 & 1;
 }
 
 /* ---- Lookups -------------------------------------------------------------------------------------------------- */
@@ -550,11 +552,15 @@ static int tok_open_steps(tok_opening *o, tokenizer *t)
     int n;
     const int32_t *p = tok_tensor(o, "tokenizer.program", "I32", 1, -1, &n);
     t->word_set = -1;
+    if (o->failed || !(t->step_bytes = malloc((size_t)n + 1)))
+        return tok_bad(o, "tokenizer.program", -1);
+    for (int i = 0; i < n; i++)
+        t->step_bytes[i] = (uint8_t)p[i];
     for (int at = 0; at < n; at += 2 + p[at + 1], t->n_steps++) {
         tok_step *s = &t->steps[t->n_steps];
         if (t->n_steps == TOK_STEPS || n - at < 2 || p[at + 1] < 0 || p[at + 1] > n - at - 2)
             return tok_bad(o, "tokenizer.program", at);
-        *s = (tok_step){ p[at], p[at + 1], p + at + 2 };
+        *s = (tok_step){ p[at], p[at + 1], p + at + 2, t->step_bytes + at + 3 };
         int good = s->op == STEP_PREPEND   ? s->n >= 1
                    : s->op == STEP_REPLACE ? s->n >= 1 && s->args[0] >= 1 && s->args[0] < s->n
                    : s->op == STEP_NFC     ? t->nfc != NULL
@@ -566,7 +572,7 @@ static int tok_open_steps(tok_opening *o, tokenizer *t)
         if (s->op == STEP_WORD)
             t->word_set = s->args[0];
     }
-    return !o->failed;
+    return 1;
 }
 
 tokenizer *tokenizer_open(const tokenizer_source *source, int vocab_size, char *error, size_t error_size)
@@ -591,6 +597,7 @@ void tokenizer_close(tokenizer *t)
     free(t->pieces.slots);
     free(t->pairs.slots);
     free(t->composed.slots);
+    free(t->step_bytes);
     free(t->atoms);
     free(t->nfc);
     free(t);
@@ -794,9 +801,8 @@ order of their priority: of two threads in one place only the first survives, so
 instructions, and when a thread reaches OP_MATCH all those after it are cut off. This finds exactly what a backtracking
 matcher finds that tries alternatives in order, without its worst case (Pike's machine). */
 
-/* The leftmost match in text[from..n) that is not empty; if there is none, both ends stay. */
-static void tok_match(tok_job *j, const tok_step *split, const uint8_t *text, size_t n, size_t from, size_t *begin,
-                      size_t *end)
+/* Where the leftmost match in text[from..n) that is not empty begins and ends; if there is none, `ends` stays. */
+static void tok_match(tok_job *j, const tok_step *split, const uint8_t *text, size_t n, size_t from, size_t ends[2])
 {
     const tokenizer *t = j->t;
     const int32_t *code = split->args + 2;
@@ -808,7 +814,7 @@ static void tok_match(tok_job *j, const tok_step *split, const uint8_t *text, si
         tok_thread *swap = now;
         now = next;
         next = swap;
-        unsigned atom = at < n ? t->atoms[tok_utf8_get(text + at, n - at, &length)] : 0; /* end */
+        int atom = at < n ? t->atoms[tok_utf8_get(text + at, n - at, &length)] : 0; /* end */
         int n_now = n_next, cut = 0;
         if (!found) /* a match may begin here; later ones have less priority */
             now[n_now++] = (tok_thread){ 0, at };
@@ -832,8 +838,8 @@ static void tok_match(tok_job *j, const tok_step *split, const uint8_t *text, si
                     } else if (c[0] == OP_SET && tok_in_set(t, c[1], atom)) {
                         next[n_next++] = (tok_thread){ pc + 1, now[i].start };
                     } else if (c[0] == OP_MATCH && at > now[i].start) {
-                        *begin = now[i].start;
-                        *end = at;
+                        ends[0] = now[i].start;
+                        ends[1] = at;
                         found = cut = 1;
                     }
                 }
@@ -1000,30 +1006,14 @@ static void tok_append(tok_job *j, tok_array *out, const uint8_t *bytes, size_t 
         memcpy(to, bytes, n);
 }
 
-/* The same for bytes that stand in the file as numbers. */
-static void tok_append_args(tok_job *j, tok_array *out, const int32_t *args, int n)
-{
-    uint8_t *to = tok_more(j, out, (size_t)n, 1);
-    for (int i = 0; i < n && to; i++)
-        to[i] = (uint8_t)args[i];
-}
-
-/* Does the text begin with these bytes? */
-static int tok_starts(const uint8_t *text, size_t n, const int32_t *args, int n_args)
-{
-    int k = 0;
-    while (k < n_args && (size_t)k < n && text[k] == args[k])
-        k++;
-    return k == n_args;
-}
-
 /* A text with bytes put before it; 0 if that is not wanted here. */
 static int tok_prepend(tok_job *j, const tok_step *step, const uint8_t *text, size_t n, int place, tok_array *out)
 {
-    int places = step->args[0];
-    if (!(places & place) || (places & UNLESS_THERE && tok_starts(text, n, step->args + 1, step->n - 1)))
+    size_t n_bytes = (size_t)step->n - 1;
+    int is_there = n_bytes <= n && !memcmp(text, step->bytes, n_bytes);
+    if (!(step->args[0] & place) || (step->args[0] & UNLESS_THERE && is_there))
         return 0;
-    tok_append_args(j, out, step->args + 1, step->n - 1);
+    tok_append(j, out, step->bytes, n_bytes);
     tok_append(j, out, text, n);
     return 1;
 }
@@ -1031,16 +1021,17 @@ static int tok_prepend(tok_job *j, const tok_step *step, const uint8_t *text, si
 /* A text with one string replaced by another; 0 if it does not occur. */
 static int tok_replace(tok_job *j, const tok_step *step, const uint8_t *text, size_t n, tok_array *out)
 {
-    const int32_t *from = step->args + 1;
-    int n_from = step->args[0];
-    size_t copied = 0;
-    for (size_t i = 0; i < n; i++)
-        if (tok_starts(text + i, n - i, from, n_from)) {
-            tok_append(j, out, text + copied, i - copied);
-            tok_append_args(j, out, from + n_from, step->n - 1 - n_from);
-            copied = i + (size_t)n_from;
-            i = copied - 1;
+    const uint8_t *from = step->bytes;
+    size_t n_from = (size_t)step->args[0], copied = 0, i = 0;
+    while (i + n_from <= n) {
+        if (text[i] != from[0] || memcmp(text + i, from, n_from)) {
+            i++;
+            continue;
         }
+        tok_append(j, out, text + copied, i - copied);
+        tok_append(j, out, from + n_from, (size_t)step->n - 1 - n_from);
+        copied = i += n_from;
+    }
     if (copied)
         tok_append(j, out, text + copied, n - copied);
     return copied > 0;
@@ -1056,7 +1047,7 @@ static void tok_split(tok_job *j, int step, const uint8_t *text, size_t n, int p
     size_t piece = 0, at = 0; /* text[piece..at) is not passed on yet */
     while (at < n && !j->failed) {
         size_t ends[2] = { n, n }; /* of the part before the match, and of the match */
-        tok_match(j, split, text, n, at, &ends[0], &ends[1]);
+        tok_match(j, split, text, n, at, ends);
         for (int part = 0; part < 2; part++) {
             int match = part ^ invert;
             if (ends[part] == at)
@@ -1113,19 +1104,16 @@ int tokenizer_encode(const tokenizer *t, const tokenizer_span *spans, int n_span
     j.threads = malloc(2 * code * sizeof *j.threads);
     j.stack = malloc(code * sizeof *j.stack);
     j.marks = calloc(code, sizeof *j.marks);
-    if (text && trust && j.threads && j.stack && j.marks && tok_more(&j, &j.ids, 0, sizeof **ids)) {
-        n = 0;
-        for (int i = 0; i < n_spans; n += spans[i++].length)
-            if (spans[i].length) {
-                memcpy(text + n, spans[i].text, spans[i].length);
-                memset(trust + n, spans[i].trusted != 0, spans[i].length);
-            }
+    j.failed = !text || !trust || !j.threads || !j.stack || !j.marks || !tok_more(&j, &j.ids, 0, sizeof **ids);
+    n = 0;
+    for (int i = 0; i < n_spans && !j.failed; n += spans[i++].length)
+        if (spans[i].length) {
+            memcpy(text + n, spans[i].text, spans[i].length);
+            memset(trust + n, spans[i].trusted != 0, spans[i].length);
+        }
+    if (!j.failed)
         tok_scan(&j, 0, text, trust, n, AT_START);
-    } else {
-        j.failed = 1;
-    }
-    if (j.ids.n > INT_MAX)
-        j.failed = 1;
+    j.failed |= j.ids.n > INT_MAX;
     void *made[] = { text, trust, j.threads, j.stack, j.marks, j.symbols.data, j.heap.data,
                      j.points.data, j.failed ? j.ids.data : NULL };
     for (size_t i = 0; i < sizeof made / sizeof *made; i++)
