@@ -257,22 +257,18 @@ static int tok_in_set(const tokenizer *t, int set, int atom)
 
 /* ---- Lookups -------------------------------------------------------------------------------------------------- */
 
-/* Here and in tok_slot 8 bytes, the most frequent size, have calls of their own: compilers make one instruction of a
-   known size. */
 static uint32_t tok_hash(const uint8_t *s, size_t n)
 {
-    uint64_t h = n * 0x9e3779b97f4a7c15u;
-    for (size_t k; n; s += k, n -= k) {
-        uint64_t x = 0;
-        k = n < 8 ? n : 8;
-        if (k == 8)
-            memcpy(&x, s, 8);
-        else
-            memcpy(&x, s, k);
+    uint64_t x, h = n * 0x9e3779b97f4a7c15u;
+    for (; n >= 8; s += 8, n -= 8) {
+        memcpy(&x, s, 8);
         h = (h ^ x) * 0xff51afd7ed558ccdu;
         h ^= h >> 32;
     }
-    return (uint32_t)(h * 0xc4ceb9fe1a85ec53u >> 32);
+    for (x = 0; n; n--)
+        x = x << 8 | *s++;
+    h = (h ^ x) * 0xff51afd7ed558ccdu;
+    return (uint32_t)((h ^ h >> 32) * 0xc4ceb9fe1a85ec53u >> 32);
 }
 
 /* The bytes by which a row is found. */
@@ -296,7 +292,7 @@ static uint32_t *tok_slot(const tok_table *table, const uint8_t *s, size_t n)
         if (!*slot)
             return slot;
         const uint8_t *key = tok_key(table, *slot - 1, &length);
-        if (length == n && (n == 8 ? !memcmp(key, s, 8) : !memcmp(key, s, n)))
+        if (length == n && (n == 8 ? !memcmp(key, s, 8) : !memcmp(key, s, n))) /* 8, known, is one instruction */
             return slot;
     }
     return NULL;
@@ -358,8 +354,8 @@ static int tok_bad(tok_opening *o, const char *name, int row)
     return 0;
 }
 
-/* A tensor with rows of so many elements; no rows, perhaps NULL, if there is none. Integers must be 0..most; most <
-   0: any. */
+/* A tensor with rows of so many elements; NULL if there is none, no rows if it is bad. Integers must be 0..most,
+   unless most is -1. */
 static const void *tok_tensor(tok_opening *o, const char *name, const char *dtype, size_t columns, int most, int *rows)
 {
     size_t bytes = 0, width = columns * (dtype[0] == 'U' ? 1 : 4);
@@ -1137,10 +1133,7 @@ const char *tokenizer_piece(const tokenizer *t, int id, size_t *length, int *kin
     return (const char *)tok_bytes(t, id, length);
 }
 
-size_t tokenizer_stream_room(const tokenizer *t)
-{
-    return t->longest + sizeof((tokenizer_stream *)0)->bytes;
-}
+size_t tokenizer_stream_room(const tokenizer *t) { return t->longest + sizeof((tokenizer_stream *)0)->bytes; }
 
 size_t tokenizer_stream_put(const tokenizer *t, tokenizer_stream *s, int id, char *out)
 {
