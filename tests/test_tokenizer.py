@@ -530,6 +530,33 @@ class TokenizerTest(unittest.TestCase):
             exporter().tokenizer_from_gguf({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "fancy-bpe",
                                             "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}, 1)
 
+    def test_leading_space(self):
+        """What the pipeline put before a text is not there when it is decoded."""
+        driver = self.made(small_cases()["llama"])
+        self.assertEqual(driver.batch(b"r", ["ab", " ab", "  a"]), [b"ab", b" ab", b"  a"])
+
+    def test_refused_programs(self):
+        """Steps and patterns that would lead out of bounds, one by one."""
+        builder = exporter().TokenizerBuilder(256)
+        builder.pieces, builder.merges = [(bytes([b]), 1) for b in range(256)], []
+        builder.split("ab", "isolated")
+        exported, path = builder.finish(), common.scratch("program.tokenizer")
+        match, sets = [0, 0, 0], len(builder.sets)
+        programs = {"good": [5, 8, 1, 0, 4, 1, 1, *match]}
+        for name, code in (("behaviour", None), ("set", [1, sets, 0]), ("jump", [3, 2, 0]), ("fork", [4, 0, 2]),
+                           ("fork first", [4, 2, 0]), ("negative", [3, -1, 0]), ("operation", [5, 0, 0])):
+            programs[name] = [5, 8, 1, 0, *code, *match] if code else [5, 8, 5, 0, *match, *match]
+        programs.update({"end": [5, 5, 1, 0, 1, 0, 0], "end ahead": [5, 5, 1, 0, 2, 0, 0], "empty": [5, 2, 1, 0],
+                         "cut": [5, 6, 1, 0, *match, 0], "long": [4, 1], "half": [4], "no step": [7, 0],
+                         "prepend": [1, 0], "replace": [2, 3, 3, 65, 66], "replace nothing": [2, 2, 0, 65],
+                         "nfc": [3, 0], "word": [6, 1, sets], "many": [4, 0] * 65})
+        for name, numbers in programs.items():
+            program = "I32", [len(numbers)], struct.pack("<%di" % len(numbers), *numbers)
+            write_pack(path, dict(exported, tensors=dict(exported["tensors"], **{"tokenizer.program": program})), 256)
+            done = subprocess.run([self.program, path], input=b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual(done.returncode, int(name != "good"), name)
+            self.assertEqual(b"tokenizer.program is damaged" in done.stderr, name != "good", name)
+
     def test_damaged_files(self):
         """Thousands of damaged tokenizers under sanitizers: a sentence or a working tokenizer, no crash."""
         program = build_driver("tokenizer_driver_sanitized", SANITIZERS)
