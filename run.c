@@ -6754,6 +6754,26 @@ static int finish_output(void)
 
 /* -- modes -- */
 
+/* The tokens of a prompt, which may be a turn of a conversation. Returns their number, or -1. */
+static int tokens_of_prompt(const run_session *s, const struct options *o, const struct text *prompt, int chat, int **ids,
+                            run_error *error)
+{
+    const run_model *m = s->model;
+    struct chat c = { .model = m };
+    int n = -1;
+    if (!chat) {
+        n = prompt_ids(m, prompt, o->special, m->config.add_bos || (!prompt->n && m->config.bos >= 0), ids, error);
+    } else if (chat_begin(&c, m, o->system, error) == 0) {
+        c.trusted = o->special;
+        n = chat_add(&c, USER, prompt->data, prompt->n, error) ? -1 : chat_ids(&c, ids, error);
+        chat_drop(&c, 0);
+        free(c.messages);
+    }
+    if (n == 0)
+        return fail(error, "the prompt is empty, and this model has no BOS token to begin with");
+    return n <= s->context ? n : fail(error, "the prompt has %d tokens, the context only %d positions (-c)", n, s->context);
+}
+
 static int mode_generate(const struct options *o, run_session *s, run_error *error)
 {
     struct text prompt = { 0 };
@@ -7079,10 +7099,12 @@ static void print_sample(struct text *t, const struct batch *b, const struct slo
 /* A result as a line of JSON: what came in, and what came out or what went wrong. */
 static void print_line(struct text *t, const struct request *q, const struct slot *slot, const char *problem)
 {
+    text_print(t, "{");
     if (q->line)
-        text_print(t, "{%s,", q->line);
+        text_add(t, q->line, strlen(q->line));
     else
-        text_print(t, "{\"sample\":%d,", slot->request);
+        text_print(t, "\"sample\":%d", slot->request);
+    text_print(t, ",");
     if (problem) {
         text_print(t, "\"error\":");
         text_json(t, problem, strlen(problem));
@@ -7106,26 +7128,6 @@ static void finish_slot(struct batch *b, struct slot *slot, const char *problem)
     output_close(&slot->out);
     free(slot->ids);
     *slot = (struct slot){ .s = slot->s };
-}
-
-/* The tokens of a prompt, which may be a turn of a conversation. Returns their number, or -1. */
-static int tokens_of_prompt(const run_session *s, const struct options *o, const struct text *prompt, int chat, int **ids,
-                            run_error *error)
-{
-    const run_model *m = s->model;
-    struct chat c = { .model = m };
-    int n = -1;
-    if (!chat) {
-        n = prompt_ids(m, prompt, o->special, m->config.add_bos || (!prompt->n && m->config.bos >= 0), ids, error);
-    } else if (chat_begin(&c, m, o->system, error) == 0) {
-        c.trusted = o->special;
-        n = chat_add(&c, USER, prompt->data, prompt->n, error) ? -1 : chat_ids(&c, ids, error);
-        chat_drop(&c, 0);
-        free(c.messages);
-    }
-    if (n == 0)
-        return fail(error, "the prompt is empty, and this model has no BOS token to begin with");
-    return n <= s->context ? n : fail(error, "the prompt has %d tokens, the context only %d positions (-c)", n, s->context);
 }
 
 /* Reads the next prompt in and draws its first token. */
@@ -7152,8 +7154,10 @@ static void begin_slot(struct batch *b, struct slot *slot)
         slot->n = tokens_of_prompt(slot->s, o, &q->prompt, q->chat, &slot->ids, &error);
         failed = slot->n < 0 || run_rewind(slot->s, 0, &error) || read_in(slot->s, slot->ids, slot->n, &error);
     }
-    if (interrupted)
+    if (interrupted) {                  /* it has not begun */
+        slot->busy = 0;
         return;
+    }
     slot->out.prompt_tokens = slot->n;
     slot->out.prompt_seconds = seconds() - start;
     if (failed || generator_open(&slot->g, slot->s, &slot->how, &error)) {
@@ -7189,7 +7193,7 @@ static int run_batch(struct batch *b, struct slot *slots, int n, run_error *erro
             if (isatty(2))
                 fprintf(stderr, "\r%d of %d ", b->written + 1, b->n);
         }
-        if (!n_active)
+        if (!n_active || interrupted)
             continue;
         run_error why = { "" };
         int failed = advance(active, n_active, &why);

@@ -444,13 +444,18 @@ static int drafts(const char *path, int seed, int trials, const char *head_file)
             /* something else behind a part of it, as in a conversation: lookup must not remember what is gone */
             int back = dice(run_position(t.s) + 1), more = 1 + dice(10), room = context - back;
             struct told again = { .s = t.s }, plain = { .s = open_session(m, context, 1, trial & 1) };
+            if (kind == 7 && m->n_heads) {  /* a fork's heads know nothing of what is before it */
+                again.s = need(run_session_fork(t.s, &problem));
+                again.s->drafting = need(drafting_open(again.s, &problem));
+                again.s->drafting->random = (uint64_t)trial + 1;
+            }
             if (more < room && back) {
                 int past[LONG];
                 memcpy(past, t.s->tokens, (size_t)back * sizeof *past);
                 how.context = &again;
-                t.s->drafting->foreign = NULL;
-                if (run_rewind(t.s, back, &problem) || run_eval(t.s, ids, more < n ? more : n, &problem) ||
-                    run_generate(t.s, &how, &r, &problem))
+                again.s->drafting->foreign = NULL;
+                if (run_rewind(again.s, back, &problem) || run_eval(again.s, ids, more < n ? more : n, &problem) ||
+                    run_generate(again.s, &how, &r, &problem))
                     die("engine: %s", problem.text);
                 if (knows && r.drafted - r.accepted > RUN_DRAFT_MOST)
                     die("trial %d, %s: only %d of %d accepted after a rewind", trial, names[kind], r.accepted, r.drafted);
@@ -461,10 +466,12 @@ static int drafts(const char *path, int seed, int trials, const char *head_file)
                     die("engine: %s", problem.text);
                 if (plain.n != again.n || memcmp(plain.ids, again.ids, (size_t)plain.n * sizeof *plain.ids) || plain.logits != again.logits)
                     die("trial %d, %s: another text after a rewind", trial, names[kind]);
-                const struct lookup *l = &t.s->drafting->text;
-                if (l->n > run_position(t.s) || l->n_clones > l->room || l->n_edges > 2 * l->room)
-                    die("lookup holds %d tokens of %d", l->n, run_position(t.s));
+                const struct lookup *l = &again.s->drafting->text;
+                if (l->n > run_position(again.s) || l->n_clones > l->room || l->n_edges > 2 * l->room)
+                    die("lookup holds %d tokens of %d", l->n, run_position(again.s));
             }
+            if (again.s != t.s)
+                run_session_close(again.s);
             free(again.text.data);
             free(plain.text.data);
             free(t.text.data);
@@ -1126,7 +1133,7 @@ static int use_model(const run_model *m, run_error *error)
     int *ids = NULL, first[3] = { 0, 1 % m->config.vocab, m->config.vocab - 1 }, n = 0, failed;
     run_generation how = { { .repeat_penalty = 1.1f, .temperature = 1, .top_p = 0.9f,
                              .top_k = turn % 3 * 5 },
-                           .max_tokens = 3, .stops = stops, .n_stops = 2,
+                           .max_tokens = m->n_heads ? 12 : 3, .stops = stops, .n_stops = 2,
                            .show_special = turn % 2 };
     if (!s)
         return -1;

@@ -3,10 +3,13 @@ import json
 import os
 import random
 import shutil
+import signal
+import struct
 import subprocess
+import time
 import unittest
 
-from common import RUN, STORIES, fresh_folder, ok, run
+from common import RUN, STORIES, Safetensors, fresh_folder, ok, run, write_safetensors
 from engine import quantized, small_model
 
 WORDS = "Once upon a time there was little girl Lily who loved to play in the park and her friend Tom".split()
@@ -91,7 +94,9 @@ class Batch(unittest.TestCase):
                 now = f.read()
             self.assertEqual(now[:kept], whole[:kept])
             self.assertEqual(without_stats(lines(now)), without_stats(self.results))
-        for other in (b"something else\n", whole.replace(b'"id": 0', b'"id": 9'), whole + b"{}\n"):
+        first = whole.index(b"\n") + 1
+        for other in (b"something else\n", b"my notes", whole.replace(b'"id": 0', b'"id": 9'), whole + b"{}\n", whole + b"{",
+                      whole[:first - 30] + b"\n" + whole[first:]):
             with open(path, "wb") as f:
                 f.write(other)
             p = run(self.options + ["-o", path])
@@ -104,8 +109,10 @@ class Batch(unittest.TestCase):
         path = os.path.join(self.folder, "wrong.jsonl")
         for line in ("x", "{}", "[]", '{"prompt":1}', '{"prompt":"a","chat":1}', '{"prompt":"a"', '{"prompt":"a"} x', '{"prompt":"a",}',
                      '{"prompt":"a","b":}', '{"prompt":"a","b":[1,}', '{"prompt":"\\ud800"}', '{"prompt":"a","b":' + "[" * 200 + "]" * 200 + "}",
-                     '{"prompt":"a","b":tru}', "{'prompt':'a'}"):
-            with open(path, "w") as f:
+                     '{"prompt":"a","b":tru}', "{'prompt':'a'}", '{"prompt":"a","b":1.2.3}', '{"prompt":"a","b":+1}', '{"prompt":"a","b":01}',
+                     '{"prompt":"a","b":1e}', '{"prompt":"\\u0000"}', '{"prompt":"a","text":1}', '{"prompt":"a","error":"e"}',
+                     '{"prompt":"a","b":"\udcff"}', '{"a\udcfe":1,"prompt":"a"}'):
+            with open(path, "w", errors="surrogateescape") as f:
                 f.write('{"prompt":"Once"}\n' + line + "\n")
             p = run([STORIES, "-f", path, "--json", "-n", "2"])
             self.assertEqual((p.returncode, p.stdout), (1, b""), line)
@@ -121,6 +128,71 @@ class Batch(unittest.TestCase):
         found = lines(p.stdout)
         self.assertEqual([("error" in r, "text" in r) for r in found], [(True, False), (True, False), (False, True)])
         self.assertIn("chat format", found[0]["error"])
+
+    def test_numbers_and_a_byte_order_mark(self):
+        path = os.path.join(self.folder, "numbers.jsonl")
+        with open(path, "wb") as f:
+            f.write(b'\xef\xbb\xbf{"prompt":"Once","n":[0,-1,2.5,-0.1e+9,1E5,true,false,null,{}],"k":"\xc3\xa9"}')
+        found = lines(ok([STORIES, "-f", path, "--json", "-n", "3"]))
+        self.assertEqual((found[0]["n"], found[0]["k"]), ([0, -1, 2.5, -0.1e9, 1e5, True, False, None, {}], "\u00e9"))
+
+    def test_an_interrupt_leaves_no_cut_answer(self):
+        """While prompts are read and while answers are drawn: every line written is what it is without."""
+        path, out = os.path.join(self.folder, "slow.jsonl"), os.path.join(self.folder, "slow-out.jsonl")
+        with open(path, "w") as f:
+            for i in range(40):
+                f.write(json.dumps({"prompt": "Lily and Tom " * 60, "id": i}) + "\n")
+        command = [RUN, STORIES, "-f", path, "--json", "-n", "40", "-t", "0", "-j", "1", "-o", out]
+        ok(command[1:])
+        with open(out, "rb") as f:
+            whole = without_stats(lines(f.read()))
+        stopped = 0
+        for wait in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
+            os.remove(out)
+            p = subprocess.Popen(command, stderr=subprocess.PIPE)
+            time.sleep(wait)
+            p.send_signal(signal.SIGINT)
+            p.communicate()
+            self.assertIn(p.returncode, (0, 1, -signal.SIGINT))
+            stopped += p.returncode == 1
+            if os.path.exists(out):
+                with open(out, "rb") as f:
+                    self.assertEqual(without_stats(lines(f.read())), whole[:len(lines(open(out, "rb").read()))])
+            ok(command[1:])
+            with open(out, "rb") as f:
+                self.assertEqual(without_stats(lines(f.read())), whole)
+        self.assertGreater(stopped, 0)
+
+    def test_failures_count_when_they_are_kept(self):
+        path, out = os.path.join(self.folder, "fail.jsonl"), os.path.join(self.folder, "fail-out.jsonl")
+        with open(path, "w") as f:
+            f.write(json.dumps({"prompt": "Lily " * 300}) + "\n" + json.dumps({"prompt": "Once"}) + "\n")
+        for said in (b"; 1 failed", b"2 results of an earlier run kept"):
+            p = run([STORIES, "-f", path, "--json", "-n", "5", "-c", "100", "-o", out])
+            self.assertEqual(p.returncode, 1)
+            self.assertIn(said, p.stderr)
+
+    def test_a_text_that_overflows_fails_alone(self):
+        """A token whose embedding is no number: the one text that draws it fails, in a prompt or behind it."""
+        model = Safetensors(STORIES)
+        dtype, shape, data = model.tensors["token_embd.weight"]
+        width, path, damaged = shape[1], os.path.join(self.folder, "mixed.jsonl"), os.path.join(self.folder, "damaged.bin")
+        with open(path, "w") as f:
+            for text in ("Once", "Tom", "The sun", "Lily and"):
+                f.write(json.dumps({"prompt": text}) + "\n")
+        args = ["-f", path, "--json", "-t", "0", "-n", "30"]
+        whole = lines(ok([STORIES] + args))
+        others = set(sum((r["ids"] + r["prompt_ids"] for r in whole[:2] + whole[3:]), []))
+        token = next(i for i in whole[2]["ids"][2:-1] if i not in others)
+        rows = bytearray(data)
+        rows[token * width * 4:(token + 1) * width * 4] = struct.pack("<f", float("nan")) * width
+        tensors = {**model.tensors, "output.weight": (dtype, shape, data), "token_embd.weight": (dtype, shape, bytes(rows))}
+        write_safetensors(damaged, {k: v for k, v in model.metadata.items() if not k.startswith("crc32.")}, tensors)
+        p = run([damaged] + args)
+        found = lines(p.stdout)
+        self.assertEqual(p.returncode, 1)
+        self.assertIn("not finite", found[2]["error"])
+        self.assertEqual(without_stats(found[:2] + found[3:]), without_stats(whole[:2] + whole[3:]))
 
     def test_an_empty_file(self):
         path = os.path.join(self.folder, "empty.jsonl")

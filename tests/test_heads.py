@@ -209,6 +209,32 @@ def rounded(x):
     return struct.pack("<H", (bits + 0x7fff + (bits >> 16 & 1)) >> 16)
 
 
+def crafted(file, trunk):
+    """Heads whose facts agree with each other and not with the model; and whose sums overflow."""
+    def fill(*shape):
+        return "F32", list(shape), struct.pack("<f", 1) * math.prod(shape)
+
+    dim, wide = int(trunk.metadata["dim"]), 70000
+    others = {k: v for k, v in file.metadata.items() if not k.startswith("draft.0.")}
+    rest = {k: v for k, v in file.tensors.items() if not k.startswith("draft.0.")}
+    small = {"draft.0." + k: v for k, v in {
+        "dim": str(wide), "n_heads": "1", "n_kv_heads": "1", "head_dim": "2", "hidden_dim": "1", "vocab_size": "2"}.items()}
+    rows = {"draft.0.rows": ("I32", [2], struct.pack("<2i", 1, 2)), "draft.0.output.weight": fill(2, wide)}
+    yield (dict(others, **small, **{"draft.0.kind": "medusa", "draft.0.state": "last", "draft.0.norm": "none"}),
+           dict(rest, **rows, **{"draft.0.fuse.weight": fill(1, 1)}))
+    shapes = {"fuse": (wide, dim), "h_norm": (wide,), "blk.0.attn_q_e": (2, dim), "blk.0.attn_k_e": (2, dim),
+              "blk.0.attn_v_e": (2, dim), "blk.0.attn_q": (2, wide), "blk.0.attn_k": (2, wide), "blk.0.attn_v": (2, wide),
+              "blk.0.attn_output": (wide, 2), "blk.0.ffn_norm": (wide,), "blk.0.ffn_gate": (1, wide),
+              "blk.0.ffn_up": (1, wide), "blk.0.ffn_down": (wide, 1)}
+    yield (dict(others, **small, **{"draft.0.kind": "serial", "draft.0.state": "norm", "draft.0.norm": "trunk"}),
+           dict(rest, **rows, **{"draft.0.%s.weight" % name: fill(*shape) for name, shape in shapes.items()}))
+    for value in (1e34, math.nan):
+        for name in [k for k in file.tensors if re.match(r"draft\.0\..*(output|output_norm|proj|res\.0|fuse)\.weight", k)]:
+            floats = [x * value for x in file.floats(name)]
+            yield (dict(file.metadata, **{"draft.0.logit.scale": "1000000", "draft.0.chain": "out"}),
+                   dict(file.tensors, **{name: ("F32", file.tensors[name][1], struct.pack("<%df" % len(floats), *floats))}))
+
+
 class Heads(Export):
 
     def source(self, name):
@@ -355,6 +381,9 @@ class Heads(Export):
             for lost in [t for t in file.tensors if t.startswith("draft.")]:
                 names.append(scratch("heads", "hostile-%d" % len(names)))
                 write_safetensors(names[-1], file.metadata, {t: v for t, v in file.tensors.items() if t != lost})
+            for metadata, tensors in crafted(file, Safetensors(trunk)):
+                names.append(scratch("heads", "hostile-%d" % len(names)))
+                write_safetensors(names[-1], metadata, tensors)
             for line in works(["files"], "sanitized", env=env, stdin="".join(n + "\n" for n in names)).decode().split("\n"):
                 said.add(re.sub(r"^\S+: ", "", line))
             self.assertGreater(len(said), 15, said)
