@@ -3736,6 +3736,7 @@ struct drafting {
     int timed[N_ROWS + 1];              /* how often measured */
     unsigned last_timed[N_ROWS + 1], steps;
     double drawn, seconds;              /* tokens and time of late, which give the rate */
+    int always;                         /* for bench: every guess is checked */
     uint64_t random;                    /* for tests: not 0 makes all decisions random */
     int (*foreign)(void *context, const run_session *s, int *tokens, int most); /* for tests: proposes */
     void *foreign_context;
@@ -3939,6 +3940,8 @@ static int choose_width(struct drafting *d, int n)
         d->random = d->random * 6364136223846793005u + 1442695040888963407u;
         return (int)((d->random >> 33) % (uint64_t)(n + 1));
     }
+    if (d->always)
+        return n;
     if (d->timed[1] < 2)
         return 0;
     double rate = rate_of(d);
@@ -3968,7 +3971,7 @@ static int worth_asking(run_session *s, int at, double reached, double rate)
     struct drafting *d = s->drafting;
     double read = at == 0 && d->behind(s) > 8 ? d->behind(s) * d->read_time : 0;
     double cost = d->each + d->ask_time, gain = reached * place_chance(d, at) / rate;
-    if (d->random || gain > cost) {
+    if (d->random || d->always || gain > cost) {
         d->asked = d->steps;
         return 1;
     }
@@ -4013,7 +4016,7 @@ static int propose(run_session *s, const run_generation *how, int most)
     while (d->corpus.room && d->in_corpus_at < n)
         follow(&d->corpus, &d->in_corpus, s->tokens[d->in_corpus_at++]);
     struct cursor here = lookup_end(&d->text), there = d->in_corpus;
-    int asking = d->ask && how->draft != RUN_DRAFT_LOOKUP && (d->random || d->timed[1] >= 2); /* who has seen all proposals so far */
+    int asking = d->ask && how->draft != RUN_DRAFT_LOOKUP && (d->random || d->always || d->timed[1] >= 2); /* who has seen all proposals so far */
     double rate = rate_of(d);
     for (double reached = 1; d->proposed < most && reached > 0.02; d->proposed++) {
         struct proposal *p = &d->window[d->proposed];
@@ -6095,7 +6098,8 @@ static const char usage_text[] =
     "  --json                one JSON object on standard output\n"
     "  --logprobs K          with --json: log-probabilities of each token and the K best\n"
     "  --verify              info: check the checksums of all tensors\n"
-    "  --compare WHAT        bench: context, isa or threads: speed at each length, set or number\n"
+    "  --compare WHAT        bench: context, isa or threads: speed at each length, set or number;\n"
+    "                        with --draft: what drafting gains, on three prompts or that of -i\n"
     "  -h                    this text\n"
     "\n"
     "quantize\n"
@@ -6684,16 +6688,17 @@ static void print_ids(struct text *t, const int *ids, int n)
     text_print(t, "]");
 }
 
+static const char *const drafter_names[RUN_DRAFTERS] = { "lookup", "heads", "model" };
+
 /* More members of the object "stats". */
 static void print_drafting(struct text *t, const run_result *r)
 {
-    static const char *const names[RUN_DRAFTERS] = { "lookup", "heads", "model" };
     int deepest = RUN_DRAFT_MOST;
     text_print(t, ",\"tokens_per_pass\":%.4g,\"draft_s\":%.6g,\"verify_s\":%.6g,\"tok_s_without\":%.6g,\"drafters\":{",
                rate(r->tokens, r->passes), r->draft_seconds, r->verify_seconds, rate(r->tokens, r->seconds * (1 + net_gain(r))));
     for (int i = 0, n = 0; i < RUN_DRAFTERS; i++)
         if (r->drafted_by[i])
-            text_print(t, "%s\"%s\":[%d,%d]", n++ ? "," : "", names[i], r->accepted_by[i], r->drafted_by[i]);
+            text_print(t, "%s\"%s\":[%d,%d]", n++ ? "," : "", drafter_names[i], r->accepted_by[i], r->drafted_by[i]);
     text_print(t, "},\"by_position\":[");
     while (deepest > 0 && !r->drafted_at[deepest - 1])
         deepest--;
@@ -7925,6 +7930,92 @@ static int compare(const struct options *o, run_session *s, struct text *t, run_
     return 0;
 }
 
+/* Generates a text, the prompt's or that of `question`, and adds what came of it to *sum. */
+static int bench_text(const struct options *o, run_session *s, const char *question, int draft, run_result *sum, run_error *error)
+{
+    struct options one = *o;
+    struct output out = { .options = &one, .session = s };
+    struct text prompt = { 0 };
+    run_result r = { 0 };
+    int *ids = NULL, chat = run_text(s->model, "chat.user.before") && s->model->tokenizer;
+    one.prompt = question ? question : o->prompt;
+    one.draft = draft;
+    int n = read_prompt(&one, &prompt, error) ? -1 : tokens_of_prompt(s, &one, &prompt, chat, &ids, error);
+    int failed = n < 0 || answer(&out, ids, n, o->tokens < 0 ? 128 : o->tokens, &r, error);
+    sum->tokens += r.tokens;
+    sum->passes += r.passes;
+    sum->drafted += r.drafted;
+    sum->accepted += r.accepted;
+    sum->seconds += r.seconds;
+    sum->alone_seconds += r.alone_seconds;
+    sum->draft_seconds += r.draft_seconds;
+    sum->verify_seconds += r.verify_seconds;
+    for (int k = 0; k < RUN_DRAFT_MOST; k++) {
+        sum->drafted_at[k] += r.drafted_at[k];
+        sum->accepted_at[k] += r.accepted_at[k];
+    }
+    for (int k = 0; k < RUN_DRAFTERS; k++) {
+        sum->drafted_by[k] += r.drafted_by[k];
+        sum->accepted_by[k] += r.accepted_by[k];
+    }
+    output_close(&out);
+    free(ids);
+    free(prompt.data);
+    return failed ? -1 : interrupted ? fail(error, "interrupted") : 0;
+}
+
+/* Generates the same texts with drafting and without, in turns: what it gains. Then once with every
+   guess of heads or a second model checked: how good they are. */
+static int bench_drafting(const struct options *o, run_session *s, struct text *t, run_error *error)
+{
+    static const char *const questions[] = { "Explain how a bicycle stays upright.", "Write a Python function that reverses a list.",
+                                             "Once upon a time there was a little girl named Lily. She" };
+    enum { PLACES = 4 };
+    int n = o->prompt || o->prompt_file ? 1 : 3;
+    double times[2][REPEATS], ratios[REPEATS];
+    run_result sums[2] = { { 0 } }, checked = { 0 };
+    for (int round = 0; round < REPEATS; round++) {
+        double before[2] = { sums[0].seconds, sums[1].seconds };
+        int tokens = sums[0].tokens;
+        for (int i = 0; i < 2 * n; i++) {
+            int drafts = (i + round) % 2;
+            if (bench_text(o, s, n > 1 ? questions[i / 2] : NULL, drafts ? o->draft : RUN_DRAFT_OFF, &sums[drafts], error))
+                return -1;
+        }
+        for (int i = 0; i < 2; i++)
+            times[i][round] = (sums[i].seconds - before[i]) / (sums[0].tokens - tokens + 1e-9);
+        ratios[round] = times[1][round] / times[0][round];
+    }
+    if (s->drafting && s->drafting->ask) {
+        struct options four = *o;
+        four.draft_max = PLACES;
+        s->drafting->always = 1;
+        for (int i = 0; i < n; i++)
+            if (bench_text(&four, s, n > 1 ? questions[i] : NULL, RUN_DRAFT_HEADS, &checked, error))
+                return -1;
+        s->drafting->always = 0;
+    }
+    struct spread off = spread_of(times[0]), on = spread_of(times[1]), ratio = spread_of(ratios);
+    const run_result *r = &sums[1];
+    text_print(t, o->json ? "{\"draft\":{\"tok_s\":%.6g,\"tok_s_off\":%.6g,\"gain\":%.4g,\"gain_low\":%.4g,\"gain_high\":%.4g," :
+               "with drafting     %9.1f tok/s, without %.1f: %.3f times as fast (%.3f to %.3f in 7 rounds)\n", inverse(on.middle),
+               inverse(off.middle), inverse(ratio.middle), inverse(ratio.high), inverse(ratio.low));
+    text_print(t, o->json ? "\"passes\":%d,\"drafted\":%d,\"accepted\":%d,\"net_gain\":%.4g" :
+               "by its own count  %d passes, %d guesses, %d of them right; gain %.3f\n", r->passes, r->drafted, r->accepted, net_gain(r));
+    if (o->json)
+        print_drafting(t, r);
+    for (int k = 0; k < RUN_DRAFTERS && !o->json; k++)
+        if (r->drafted_by[k])
+            text_print(t, "  %-15s %d of %d right\n", drafter_names[k], r->accepted_by[k], r->drafted_by[k]);
+    text_print(t, !checked.drafted ? "" : o->json ? ",\"acceptance\":[" : "acceptance        by place, of guesses behind right ones:");
+    for (int k = 0, tries = checked.drafted_at[0]; k < PLACES && tries; tries = checked.accepted_at[k++])
+        text_print(t, o->json && k ? ",%.3f" : o->json ? "%.3f" : " %.3f", (double)checked.accepted_at[k] / tries);
+    text_print(t, !checked.drafted ? "" : o->json ? "]" : "\n");
+    text_print(t, o->json ? "},\"isa\":\"%s\",\"threads\":%d}\n" : "instructions      %s, %d threads\n", s->model->kernels->name,
+               s->pass->team->size);
+    return 0;
+}
+
 static int mode_bench(const struct options *o, run_session *s, run_error *error)
 {
     struct text t = { 0 };
@@ -7932,6 +8023,8 @@ static int mode_bench(const struct options *o, run_session *s, run_error *error)
     int failed;
     if (s->context <= LOGIT_ROWS) {
         failed = fail(error, "bench needs a context of at least %d", LOGIT_ROWS + 1);
+    } else if (o->draft_text) {
+        failed = bench_drafting(o, s, &t, error);
     } else if (o->compare) {
         failed = compare(o, s, &t, error);
     } else { /* the start comes first: what has been touched cannot be forgotten */
@@ -8077,7 +8170,7 @@ static void check_options(const struct options *o, enum mode mode)
         { o->samples, (mode == GENERATE || mode == CHAT) && !is_batch(o, mode), "--samples", "one prompt in generate and chat" },
         { o->corpus != NULL, (mode == GENERATE || mode == CHAT) && !is_batch(o, mode) && !o->samples, "--draft-corpus",
           "one text in generate and chat" },
-        { o->draft_text != NULL, mode == GENERATE || mode == CHAT, "--draft", "generate and chat" },
+        { o->draft_text != NULL, mode == GENERATE || mode == CHAT || mode == BENCH, "--draft", "generate, chat and bench" },
         { o->type, mode == QUANTIZE, "--type", "quantize" },
         { o->bits > 0, mode == QUANTIZE, "--bits", "quantize" },
         { o->verify, mode == INFO, "--verify", "info" },
@@ -8122,7 +8215,8 @@ static int read_corpus(const struct options *o, run_session *s, run_error *error
 
 static int with_session(const struct options *o, const run_model *m, const run_model *second, enum mode mode, run_error *error)
 {
-    int drafts = (mode == CHAT || mode == GENERATE) && o->draft != RUN_DRAFT_OFF && o->draft != RUN_DRAFT_LOOKUP;
+    int drafts = (mode == CHAT || mode == GENERATE || (mode == BENCH && o->draft_text)) && o->draft != RUN_DRAFT_OFF &&
+                 o->draft != RUN_DRAFT_LOOKUP;
     if (drafts && o->draft == RUN_DRAFT_HEADS && !m->n_heads) {
         fail(error, "this model has no draft heads; --draft lookup needs none, and --draft FILE takes heads from a file of "
              "their own, or a smaller model");
