@@ -5406,6 +5406,7 @@ TARGET_BEGIN(KERNELS_TARGET)
 #define JOIN(a, b) JOIN2(a, b)
 #define SET(name) JOIN(name, RUN_KERNELS)
 #define PARTS (STRIP / LANES)
+#define STEP (LANES < 16 ? 16 : 32)             /* columns that a packed matrix takes at a time: half a group, or one */
 #define ABREAST (LANES < 16 ? 16 / LANES : 2)   /* vectors of outputs that attention sums at once */
 
 #define vf SET(vf)      /* LANES floats */
@@ -5460,45 +5461,48 @@ INLINE vf SET(shifted)(const void *at)
 
 #endif
 
+/* Sums of products over STEP columns: s + w . x, where w[i] holds columns 4 i .. of the rows, a row a
+   lane. 4-bit sums may be of another form until whole_u4 makes them int32. */
+
 #if defined KERNELS_AVX2
 
 /* maddubs adds two products into 16 bits. 4-bit weights leave room for a whole group there: 16
    products of at most 15 * 127 are 30480. */
-INLINE vi SET(dot_u4)(const vb w[8], const int8_t *x, int32_t sum)
+INLINE vi SET(more_u4)(vi s, const vb w[STEP / 4], const int8_t *x)
 {
-    (void)sum;
-    __m256i s = _mm256_maddubs_epi16((__m256i)w[0], (__m256i)SET(four)(x));
-    for (int i = 1; i < 8; i++)
-        s = _mm256_add_epi16(s, _mm256_maddubs_epi16((__m256i)w[i], (__m256i)SET(four)(x + 4 * i)));
-    return (vi)_mm256_madd_epi16(s, _mm256_set1_epi16(1));
+    __m256i a = _mm256_maddubs_epi16((__m256i)w[0], (__m256i)SET(four)(x));
+    __m256i b = _mm256_maddubs_epi16((__m256i)w[1], (__m256i)SET(four)(x + 4));
+    __m256i c = _mm256_maddubs_epi16((__m256i)w[2], (__m256i)SET(four)(x + 8));
+    __m256i d = _mm256_maddubs_epi16((__m256i)w[3], (__m256i)SET(four)(x + 12));
+    return (vi)_mm256_add_epi16((__m256i)s, _mm256_add_epi16(_mm256_add_epi16(a, b), _mm256_add_epi16(c, d)));
 }
 
+INLINE vi SET(whole_u4)(vi s) { return (vi)_mm256_madd_epi16((__m256i)s, _mm256_set1_epi16(1)); }
+
 /* 6-bit weights leave room for two of its sums: 4 products of at most 63 * 127 are 32004. */
-INLINE vi SET(dot_u6)(const vb w[8], const int8_t *x, int32_t sum)
+INLINE vi SET(more_u6)(vi s, const vb w[STEP / 4], const int8_t *x)
 {
-    __m256i s = _mm256_setzero_si256();
-    (void)sum;
-    for (int i = 0; i < 8; i += 2) {
+    for (int i = 0; i < STEP / 4; i += 2) {
         __m256i four = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w[i], (__m256i)SET(four)(x + 4 * i)),
                                         _mm256_maddubs_epi16((__m256i)w[i + 1], (__m256i)SET(four)(x + 4 * i + 4)));
-        s = _mm256_add_epi32(s, _mm256_madd_epi16(four, _mm256_set1_epi16(1)));
+        s += (vi)_mm256_madd_epi16(four, _mm256_set1_epi16(1));
     }
-    return (vi)s;
+    return s;
 }
 
 /* 8-bit weights do not: |w| as the unsigned factor, the sign moved to x, and 32 bits at once
    (two products are at most 2 * 128 * 127 = 32512). */
-INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
+INLINE vi SET(more_i8)(vi s, const vb w[STEP / 4], const int8_t *x)
 {
-    __m256i s = _mm256_setzero_si256();
-    (void)sum;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < STEP / 4; i++) {
         __m256i two = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w[i]),
                                            _mm256_sign_epi8((__m256i)SET(four)(x + 4 * i), (__m256i)w[i]));
-        s = _mm256_add_epi32(s, _mm256_madd_epi16(two, _mm256_set1_epi16(1)));
+        s += (vi)_mm256_madd_epi16(two, _mm256_set1_epi16(1));
     }
-    return (vi)s;
+    return s;
 }
+
+INLINE vi SET(begin_i8)(int32_t sum) { return (void)sum, (vi){ 0 }; }
 
 #elif defined KERNELS_AVX512 || defined KERNELS_AVXVNNI
 
@@ -5509,29 +5513,29 @@ INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
 #endif
 
 /* Four products of unsigned w and signed x a lane; two chains hide the latency. */
-INLINE vi SET(dot_u4)(const vb w[8], const int8_t *x, int32_t sum)
+INLINE vi SET(more_u4)(vi s, const vb w[STEP / 4], const int8_t *x)
 {
-    vi s = { 0 }, t = { 0 };
-    (void)sum;
-    for (int i = 0; i < 8; i += 2) {
+    vi t = { 0 };
+    for (int i = 0; i < STEP / 4; i += 2) {
         s = DPBUSD(s, w[i], SET(four)(x + 4 * i));
         t = DPBUSD(t, w[i + 1], SET(four)(x + 4 * i + 4));
     }
     return s + t;
 }
-#define dot_u6_AVX512 dot_u4_AVX512
-#define dot_u6_AVXVNNI dot_u4_AVXVNNI
+#define more_u6_AVX512 more_u4_AVX512
+#define more_u6_AVXVNNI more_u4_AVXVNNI
 
 /* Signed weights become unsigned by adding 128, which adds 128 times the sum of x. */
-INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
+INLINE vi SET(more_i8)(vi s, const vb w[STEP / 4], const int8_t *x)
 {
-    vi s = (vi){ 0 } - 128 * sum, t = { 0 };
-    for (int i = 0; i < 8; i += 2) {
-        s = DPBUSD(s, w[i] ^ 128, SET(four)(x + 4 * i));
-        t = DPBUSD(t, w[i + 1] ^ 128, SET(four)(x + 4 * i + 4));
-    }
-    return s + t;
+    vb unsigned_[STEP / 4];
+    for (int i = 0; i < STEP / 4; i++)
+        unsigned_[i] = w[i] ^ 128;
+    return SET(more_u4)(s, unsigned_, x);
 }
+
+INLINE vi SET(begin_i8)(int32_t sum) { return (vi){ 0 } - 128 * sum; }
+INLINE vi SET(whole_u4)(vi s) { return s; }
 
 #undef DPBUSD
 
@@ -5544,35 +5548,36 @@ INLINE int32x4_t sdot(int32x4_t s, vb w, vb x)
     return s;
 }
 
-INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
+INLINE vi SET(more_i8)(vi s, const vb w[STEP / 4], const int8_t *x)
 {
-    int32x4_t s = vdupq_n_s32(0), t = s;
-    (void)sum;
-    for (int i = 0; i < 8; i += 2) {
-        s = sdot(s, w[i], SET(four)(x + 4 * i));
-        t = sdot(t, w[i + 1], SET(four)(x + 4 * i + 4));
-    }
-    return (vi)vaddq_s32(s, t);
+    for (int i = 0; i < STEP / 4; i++)
+        s = (vi)sdot((int32x4_t)s, w[i], SET(four)(x + 4 * i));
+    return s;
 }
-#define dot_u4_DOTPROD dot_i8_DOTPROD
-#define dot_u6_DOTPROD dot_i8_DOTPROD
+#define more_u4_DOTPROD more_i8_DOTPROD
+#define more_u6_DOTPROD more_i8_DOTPROD
+
+INLINE vi SET(begin_i8)(int32_t sum) { return (void)sum, (vi){ 0 }; }
+INLINE vi SET(whole_u4)(vi s) { return s; }
 
 #elif defined KERNELS_NEON
 
 /* Products of bytes in 16 bits, neighbours added into 32: two steps make four columns a lane. */
-INLINE vi SET(dot_i8)(const vb w[8], const int8_t *x, int32_t sum)
+INLINE vi SET(more_i8)(vi s, const vb w[STEP / 4], const int8_t *x)
 {
     int32x4_t low = vdupq_n_s32(0), high = low;
-    (void)sum;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < STEP / 4; i++) {
         int8x16_t a = (int8x16_t)w[i], b = (int8x16_t)SET(four)(x + 4 * i);
         low = vpadalq_s16(low, vmull_s8(vget_low_s8(a), vget_low_s8(b)));
         high = vpadalq_s16(high, vmull_high_s8(a, b));
     }
-    return (vi)vpaddq_s32(low, high);
+    return s + (vi)vpaddq_s32(low, high);
 }
-#define dot_u4_NEON dot_i8_NEON
-#define dot_u6_NEON dot_i8_NEON
+#define more_u4_NEON more_i8_NEON
+#define more_u6_NEON more_i8_NEON
+
+INLINE vi SET(begin_i8)(int32_t sum) { return (void)sum, (vi){ 0 }; }
+INLINE vi SET(whole_u4)(vi s) { return s; }
 
 #endif
 
@@ -5580,64 +5585,82 @@ INLINE vf SET(floats)(vi x) { return __builtin_convertvector(x, vf); }
 
 /* -- packed matrices -- */
 
-/* n tokens, a constant after inlining. Each part of the strip is LANES rows. [N2] */
+/* STEP columns of LANES rows, part 0 .. of the strip, as bytes. */
+INLINE void SET(unpack)(vb w[STEP / 4], const unsigned char *block, int group, int from, int part, const enum type type)
+{
+    const unsigned char *line = block + part * 4 * LANES + group * (type == Q8 ? 512 : 256) + from * (type == Q8 ? 16 : 8);
+    const unsigned char *upper = block + Q4_QUANTS + part * 4 * LANES + group * 128 + from * 4;
+    for (int i = 0; type == Q8 && i < STEP / 4; i++)
+        w[i] = *(const vb *)(line + 64 * i);
+    for (int i = 0; type != Q8 && i < STEP / 4; i += 2) {
+        vb bytes = *(const vb *)(line + 32 * i);
+        w[i] = bytes & 15;
+        w[i + 1] = bytes >> 4;
+    }
+    for (int i = 0; type == Q6 && i < STEP / 4; i += 4) { /* bits that cross to another byte are masked */
+        vu two = *(const vu *)(upper + 16 * i);
+        w[i] |= (vb)(two << 4) & 48;
+        w[i + 1] |= (vb)(two << 2) & 48;
+        w[i + 2] |= (vb)two & 48;
+        w[i + 3] |= (vb)(two >> 2) & 48;
+    }
+}
+
+struct SET(sums) { vf of_floats[8][PARTS]; vi of_group[8][PARTS]; };      /* [token][LANES rows] */
+
+/* STEP columns of a group, from `from` on, for n tokens. All parts of the strip take them together, so
+   that what is loaded of the tokens serves all; loads are what limits this loop. [N2] */
+INLINE void SET(take_step)(struct SET(sums) *s, const unsigned char *block, int group, const int from, const struct input *x,
+                           size_t at, const int n, const enum type type)
+{
+    const int zero = type == Q4 ? 8 : type == Q6 ? 32 : 0;
+    const unsigned char *scales = block + quant_bytes(type) + group * 32;
+    vb w[PARTS][STEP / 4];              /* [part][columns 4 i ..][row, column] */
+    for (int part = 0; part < PARTS; part++)
+        SET(unpack)(w[part], block, group, from, part, type);
+    if (n > 4)
+        __asm__ volatile("" ::: "memory"); /* or gcc loads all of q first and spills it */
+    for (int r = 0; r < n; r++) {
+        const int8_t *q = x->q + (at + (size_t)r) * GROUP + from;
+        for (int part = 0; part < PARTS; part++) {
+            vi sum = from ? s->of_group[r][part] : type == Q8 ? SET(begin_i8)(x->sum[at + (size_t)r]) : (vi){ 0 };
+            sum = type == Q8 ? SET(more_i8)(sum, w[part], q) : type == Q6 ? SET(more_u6)(sum, w[part], q) : SET(more_u4)(sum, w[part], q);
+            if (from + STEP < GROUP) {
+                s->of_group[r][part] = sum;
+                continue;
+            }
+            sum = (type == Q4 || type == Q4A ? SET(whole_u4)(sum) : sum) - zero * x->sum[at + (size_t)r];
+            vf d = SET(halves)(scales + part * 2 * LANES), *acc = &s->of_floats[r][part];
+            *acc = SET(fma_v)(SET(floats)(sum), d * x->scale[at + (size_t)r], *acc);
+            if (type == Q4A)
+                *acc = SET(fma_v)(SET(halves)(scales + part * 2 * LANES + SCALES), SET(all)(x->offset[at + (size_t)r]), *acc);
+        }
+    }
+}
+
+/* A strip times n tokens, a constant after inlining. */
 INLINE void SET(packed)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0,
                         const int n, const enum type type)
 {
-    const int bytes_each = block_bytes(type), zero = type == Q4 ? 8 : type == Q6 ? 32 : 0;
-    const int n_blocks = (int)blocks(w->cols);
+    const int bytes_each = block_bytes(type), n_blocks = (int)blocks(w->cols);
     const unsigned char *block = w->data + (size_t)strip * (size_t)n_blocks * (size_t)bytes_each;
-    vf acc[PARTS][8];
-    for (int part = 0; part < PARTS; part++)
-        for (int r = 0; r < n; r++)
-            acc[part][r] = (vf){ 0 };
+    struct SET(sums) s;
+    for (int r = 0; r < n; r++)
+        for (int part = 0; part < PARTS; part++)
+            s.of_floats[r][part] = (vf){ 0 };
     for (int b = 0; b < n_blocks; b++, block += bytes_each) {
         for (int line = 0; line < bytes_each; line += 64)
             __builtin_prefetch(block + PREFETCH + line);
         for (int group = 0; group < 2; group++) {
             size_t at = (size_t)(2 * b + group) * (size_t)x->n + (size_t)r0;
-            const int8_t *q = x->q + at * GROUP;
-            const float *scale = x->scale + at, *offset = x->offset + at;
-            const int32_t *sum = x->sum + at;
-            for (int part = 0; part < PARTS; part++) {
-                const unsigned char *line = block + part * 4 * LANES + group * (type == Q8 ? 512 : 256);
-                const unsigned char *upper = block + Q4_QUANTS + part * 4 * LANES + group * 128;
-                const unsigned char *scales = block + quant_bytes(type) + group * 32 + part * 2 * LANES;
-                vb weights[8];      /* [columns 4 i ..][row, column] */
-                for (int i = 0; i < (type == Q8 ? 8 : 4); i++) {
-                    vb bytes = *(const vb *)(line + 64 * i);
-                    if (type == Q8) {
-                        weights[i] = bytes;
-                    } else {
-                        weights[2 * i] = bytes & 15;
-                        weights[2 * i + 1] = bytes >> 4;
-                    }
-                }
-                for (int i = 0; type == Q6 && i < 8; i += 4) { /* bits that cross to another byte are masked */
-                    vu two = *(const vu *)(upper + 16 * i);
-                    weights[i] |= (vb)(two << 4) & 48;
-                    weights[i + 1] |= (vb)(two << 2) & 48;
-                    weights[i + 2] |= (vb)two & 48;
-                    weights[i + 3] |= (vb)(two >> 2) & 48;
-                }
-                vf d = SET(halves)(scales), m = type == Q4A ? SET(halves)(scales + SCALES) : (vf){ 0 };
-                __asm__ volatile("" ::: "memory"); /* or the compiler keeps all of q for the next part */
-                for (int r = 0; r < n; r++) {
-                    vi isum = type == Q8 ? SET(dot_i8)(weights, q + GROUP * r, sum[r])
-                            : type == Q6 ? SET(dot_u6)(weights, q + GROUP * r, sum[r])
-                                         : SET(dot_u4)(weights, q + GROUP * r, sum[r]);
-                    if (zero)
-                        isum -= zero * sum[r];
-                    acc[part][r] = SET(fma_v)(SET(floats)(isum), d * scale[r], acc[part][r]);
-                    if (type == Q4A)
-                        acc[part][r] = SET(fma_v)(m, SET(all)(offset[r]), acc[part][r]);
-                }
-            }
+            SET(take_step)(&s, block, group, 0, x, at, n, type);
+            if (STEP < GROUP)
+                SET(take_step)(&s, block, group, STEP, x, at, n, type);
         }
     }
-    for (int part = 0; part < PARTS; part++)
-        for (int r = 0; r < n; r++)
-            *(vf *)(tile + r * STRIP + part * LANES) = acc[part][r];
+    for (int r = 0; r < n; r++)
+        for (int part = 0; part < PARTS; part++)
+            *(vf *)(tile + r * STRIP + part * LANES) = s.of_floats[r][part];
 }
 
 /* Tiles of up to 8 tokens; every size is compiled by itself, so that sums stay in registers. */
@@ -5897,6 +5920,7 @@ static const struct kernels SET(kernels) = {
 #undef SET
 #undef PARTS
 #undef ABREAST
+#undef STEP
 #undef vf
 #undef vi
 #undef vu
