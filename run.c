@@ -6689,6 +6689,8 @@ static void print_statistics(const struct output *o, const run_result *r)
     if (r->drafted)
         fprintf(stderr, "; drafted: %d of %d guesses right, %.2f tokens a pass, %+.0f %% speed", r->accepted, r->drafted,
                 rate(r->tokens, r->passes), 100 * net_gain(r));
+    else if (o->options && o->options->draft != RUN_DRAFT_OFF && r->tokens > 16)
+        fprintf(stderr, "; no guesses, as they would not pay");
     if (o->options && o->options->sampling.temperature > 0)
         fprintf(stderr, "; seed %llu", (unsigned long long)o->options->sampling.seed);
     fprintf(stderr, "\n");
