@@ -3694,7 +3694,7 @@ static int ask_heads(run_session *s, int at, int before, double *p)
 /* Tokens that heads would have to read before they could guess. */
 static int heads_behind(const run_session *s)
 {
-    return s->length - s->prophets->base - s->prophets->s[0]->length;
+    return s->model->heads[0].kind == MEDUSA ? 0 : s->length - s->prophets->base - s->prophets->s[0]->length;
 }
 
 /* -- what drafting knows: how probable its proposals are, and what passes cost -- */
@@ -3724,7 +3724,9 @@ struct drafting {
     int agreed;                         /* its tokens that are known to be the timeline's */
     struct odds sure_odds[SURE_BINS];   /* of who is asked, by how sure it was */
     struct odds place_odds[N_ROWS];     /* by place in the window */
-    double ask_time, read_time;         /* of a question, and of a token read before it, in seconds */
+    double share;                       /* how large who is asked is, beside the model */
+    double ask_time, read_time;         /* of a question, and of a token read before it, in seconds; 0: not known */
+    int left;                           /* tokens that may still be drawn */
     unsigned asked;                     /* the step in which a question last promised to pay */
 
     struct proposal window[N_ROWS];
@@ -3753,6 +3755,46 @@ static void drafting_close(struct drafting *d)
     free(d);
 }
 
+static int second_behind(const run_session *s)
+{
+    return s->length + 1 - s->drafting->agreed;
+}
+
+/* What the second model puts at place `at` of the window. Ids that it does not have are beyond it. */
+static int ask_second(run_session *s, int at, int before, double *p)
+{
+    struct drafting *d = s->drafting;
+    run_session *second = d->second;
+    run_error error;
+    if (at == 0) {
+        while (d->agreed < second->length && d->agreed < s->length && second->tokens[d->agreed] == s->tokens[d->agreed])
+            d->agreed++;
+        if (s->length >= second->context || run_rewind(second, d->agreed, &error) ||
+            eval(second, s->tokens + d->agreed, s->length + 1 - d->agreed, 1, &error))
+            return -1;
+        d->agreed = s->length + 1;
+    } else if (eval(second, &before, 1, 1, &error)) {
+        return -1;
+    }
+    const float *logits = run_logits(second);
+    int best = best_of(logits, second->model->config.vocab);
+    *p = 1 / second->model->kernels->exp_sum(logits, second->model->config.vocab, logits[best], 1);
+    return best < s->model->config.vocab ? best : -1;
+}
+
+/* The second model if there is one, else the model's own heads, else nobody. */
+static void ask_whom(struct drafting *d, const run_session *s, run_session *second)
+{
+    run_session_close(d->second);
+    d->second = second;
+    d->agreed = 0;
+    d->ask = second ? ask_second : s->prophets ? ask_heads : NULL;
+    d->behind = second ? second_behind : heads_behind;
+    d->ask_time = d->read_time = 0;
+    if (d->ask)
+        d->share = (double)(second ? second->model : &s->model->heads[0].model)->weight_bytes / (double)s->model->weight_bytes;
+}
+
 /* Chances to begin with, of lookup by length of the match. */
 static struct drafting *drafting_open(run_session *s, run_error *error)
 {
@@ -3763,8 +3805,7 @@ static struct drafting *drafting_open(run_session *s, run_error *error)
         fail(error, "out of memory for drafting");
         return NULL;
     }
-    d->ask = s->prophets ? ask_heads : NULL;
-    d->behind = heads_behind;
+    ask_whom(d, s, NULL);
     for (int i = 0; i < SURE_BINS; i++)
         d->sure_odds[i] = (struct odds){ 0.6 * (i + 0.5), 6 };
     d->place_odds[0] = (struct odds){ 2, 4 };
@@ -3811,52 +3852,18 @@ static int same_tokens(const run_model *a, const run_model *b)
     return 1;
 }
 
-static int second_behind(const run_session *s)
-{
-    return s->length + 1 - s->drafting->agreed;
-}
-
-/* What the second model puts at place `at` of the window. */
-static int ask_second(run_session *s, int at, int before, double *p)
-{
-    struct drafting *d = s->drafting;
-    run_session *second = d->second;
-    run_error error;
-    if (at == 0) {
-        while (d->agreed < second->length && d->agreed < s->length && second->tokens[d->agreed] == s->tokens[d->agreed])
-            d->agreed++;
-        if (s->length >= second->context || run_rewind(second, d->agreed, &error) ||
-            eval(second, s->tokens + d->agreed, s->length + 1 - d->agreed, 1, &error))
-            return -1;
-        d->agreed = s->length + 1;
-    } else if (eval(second, &before, 1, 1, &error)) {
-        return -1;
-    }
-    const float *logits = run_logits(second);
-    int best = best_of(logits, second->model->config.vocab);
-    *p = 1 / second->model->kernels->exp_sum(logits, second->model->config.vocab, logits[best], 1);
-    return best < s->model->config.vocab ? best : -1;
-}
-
 int run_draft_model(run_session *s, const run_model *model, run_error *error)
 {
     struct drafting *d = s->drafting ? s->drafting : drafting_open(s, error);
+    run_session *second = NULL;
     if (!(s->drafting = d))
         return -1;
-    run_session_close(d->second);
-    d->second = NULL;
-    d->agreed = 0;
-    d->ask = s->prophets ? ask_heads : NULL;
-    d->behind = heads_behind;
-    if (!model)
-        return 0;
-    if (!same_tokens(s->model, model))
+    if (model && !same_tokens(s->model, model))
         return fail(error, "this model cannot draft for the other: its tokens are others");
-    int context = s->context < model->config.context ? s->context : model->config.context;
-    if (!(d->second = session_open(model, &(run_options){ context, 0, s->cache_f32, 1 }, NULL, s->pass->team, error)))
+    int context = model && model->config.context < s->context ? model->config.context : s->context;
+    if (model && !(second = session_open(model, &(run_options){ context, 0, s->cache_f32, 1 }, NULL, s->pass->team, error)))
         return -1;
-    d->ask = ask_second;
-    d->behind = second_behind;
+    ask_whom(d, s, second);
     return 0;
 }
 
@@ -3969,9 +3976,9 @@ static int choose_width(struct drafting *d, int n)
 static int worth_asking(run_session *s, int at, double reached, double rate)
 {
     struct drafting *d = s->drafting;
-    double read = at == 0 && d->behind(s) > 8 ? d->behind(s) * d->read_time : 0;
-    double cost = d->each + d->ask_time, gain = reached * place_chance(d, at) / rate;
-    if (d->random || d->always || gain > cost) {
+    double read = at ? 0 : d->behind(s) * (d->read_time > 0 ? d->read_time : d->share * d->each);
+    double cost = d->each + (d->ask_time > 0 ? d->ask_time : d->share * d->alone), gain = reached * place_chance(d, at) / rate;
+    if (d->random || d->always || gain > cost + read / (d->left < 256 ? d->left + 1 : 256)) {
         d->asked = d->steps;
         return 1;
     }
@@ -4018,6 +4025,7 @@ static int propose(run_session *s, const run_generation *how, int most)
     struct cursor here = lookup_end(&d->text), there = d->in_corpus;
     int asking = d->ask && how->draft != RUN_DRAFT_LOOKUP && (d->random || d->always || d->timed[1] >= 2); /* who has seen all proposals so far */
     double rate = rate_of(d);
+    int behind = asking ? d->behind(s) : 0;
     for (double reached = 1; d->proposed < most && reached > 0.02; d->proposed++) {
         struct proposal *p = &d->window[d->proposed];
         int at = d->proposed, from_corpus = d->corpus.room && there.length > here.length;
@@ -4033,11 +4041,11 @@ static int propose(run_session *s, const run_generation *how, int most)
             asking = 0;
         if (asking && (asking = worth_asking(s, at, reached, rate))) {
             double start = seconds(), sure = 0;
-            int behind = at ? 0 : d->behind(s), token = d->ask(s, at, at ? d->window[at - 1].token : 0, &sure);
+            int token = d->ask(s, at, at ? d->window[at - 1].token : 0, &sure);
             double time = seconds() - start;
             if (behind <= 8)
                 d->ask_time += (time - d->ask_time) / (d->ask_time > 0 ? 8 : 1);
-            else
+            else if (at == 0)
                 d->read_time = time / behind;
             asking = token >= 0;
             int bin = (int)(sure * SURE_BINS);
@@ -4053,7 +4061,7 @@ static int propose(run_session *s, const run_generation *how, int most)
             follow(&d->corpus, &there, p->token);
     }
     if (s->prophets)
-        s->prophets->resting = d->steps - d->asked > KEPT / 2;
+        s->prophets->resting = d->second || d->steps - d->asked > KEPT / 2;
     return d->drafted = choose_width(d, d->proposed);
 }
 
@@ -4236,6 +4244,7 @@ static int advance(struct generator *const *g, int n, run_error *error)
         int most = g[0]->how->draft_max > 0 && g[0]->how->draft_max < LOGIT_ROWS ? g[0]->how->draft_max : LOGIT_ROWS - 1;
         int left = g[0]->how->max_tokens ? g[0]->how->max_tokens - r->tokens - 1 : most, room = s->context - s->length - 1;
         most = left < most ? left : most;
+        d->left = g[0]->how->max_tokens && left < room ? left : room;
         width = propose(s, g[0]->how, room < most ? room : most);
         r->drafted += width;
         for (int i = 0; i < width; i++) {
@@ -6122,8 +6131,8 @@ static const char usage_text[] =
     "  --json                one JSON object on standard output\n"
     "  --logprobs K          with --json: log-probabilities of each token and the K best\n"
     "  --verify              info: check the checksums of all tensors\n"
-    "  --compare WHAT        bench: context, isa or threads: speed at each length, set or number;\n"
-    "                        with --draft: what drafting gains, on three prompts or that of -i\n"
+    "  --compare WHAT        bench: context, isa or threads: speed at each length, set or number\n"
+    "  --draft WHAT          bench: what drafting gains, with three prompts or that of -i\n"
     "  -h                    this text\n"
     "\n"
     "quantize\n"
@@ -7272,7 +7281,8 @@ static int is_result(const char *line, size_t n, int whole, const struct request
 static int resume(struct batch *b, const char *path, run_error *error)
 {
     struct text old = { 0 };
-    FILE *file = fopen(path, "rb");
+    struct stat status;
+    FILE *file = stat(path, &status) == 0 && S_ISREG(status.st_mode) ? fopen(path, "rb") : NULL;
     size_t at = 0;
     if (file) {
         int bad = read_stream(file, &old);
@@ -7296,7 +7306,6 @@ static int resume(struct batch *b, const char *path, run_error *error)
     }
     free(old.data);
     b->next = b->kept = b->written;
-    struct stat status;
     if (!(b->out = fopen(path, at ? "rb+" : "wb")) || fstat(fileno(b->out), &status) ||
         (S_ISREG(status.st_mode) && (ftruncate(fileno(b->out), (off_t)at) || fseek(b->out, 0, SEEK_END))))
         return fail(error, "cannot write %.200s: %s", path, strerror(errno));
@@ -7361,7 +7370,7 @@ static int mode_batch(const struct options *o, run_session *s, enum mode mode, r
     if (!failed) {
         if (b.kept)
             fprintf(stderr, "%d results of an earlier run kept; ", b.kept);
-        fprintf(stderr, "%d results, %lld tokens in %d passes, %.1f tok/s; %d failed", b.n - b.kept, b.tokens, b.passes,
+        fprintf(stderr, "%d results, %lld tokens in %d passes, %.1f tok/s; %d of all failed", b.n - b.kept, b.tokens, b.passes,
                 (double)b.tokens / (seconds() - start), b.failures);
         if (o->sampling.temperature > 0)
             fprintf(stderr, "; seed %llu", (unsigned long long)o->sampling.seed);
@@ -7956,17 +7965,15 @@ static int compare(const struct options *o, run_session *s, struct text *t, run_
     return 0;
 }
 
-/* Generates a text, the prompt's or that of `question`, and adds what came of it to *sum. */
-static int bench_text(const struct options *o, run_session *s, const char *question, int draft, run_result *sum, run_error *error)
+/* Generates a text and adds what came of it to *sum. */
+static int bench_text(const struct options *o, run_session *s, const struct text *prompt, int draft, run_result *sum, run_error *error)
 {
     struct options one = *o;
     struct output out = { .options = &one, .session = s };
-    struct text prompt = { 0 };
     run_result r = { 0 };
     int *ids = NULL, chat = run_text(s->model, "chat.user.before") && s->model->tokenizer;
-    one.prompt = question ? question : o->prompt;
     one.draft = draft;
-    int n = read_prompt(&one, &prompt, error) ? -1 : tokens_of_prompt(s, &one, &prompt, chat, &ids, error);
+    int n = tokens_of_prompt(s, &one, prompt, chat, &ids, error);
     int failed = n < 0 || answer(&out, ids, n, o->tokens < 0 ? 128 : o->tokens, &r, error);
     sum->tokens += r.tokens;
     sum->passes += r.passes;
@@ -7986,18 +7993,19 @@ static int bench_text(const struct options *o, run_session *s, const char *quest
     }
     output_close(&out);
     free(ids);
-    free(prompt.data);
     return failed ? -1 : interrupted ? fail(error, "interrupted") : 0;
 }
 
 /* Generates the same texts with drafting and without, in turns: what it gains. Then once with every
    guess of heads or a second model checked: how good they are. */
-static int bench_drafting(const struct options *o, run_session *s, struct text *t, run_error *error)
+static int bench_drafting(const struct options *o, run_session *s, const struct text *prompt, struct text *t, run_error *error)
 {
-    static const char *const questions[] = { "Explain how a bicycle stays upright.", "Write a Python function that reverses a list.",
-                                             "Once upon a time there was a little girl named Lily. She" };
+    static char questions[][64] = { "Explain how a bicycle stays upright.", "Write a Python function that reverses a list.",
+                                    "Once upon a time there was a little girl named Lily. She" };
+    const struct text ours[] = { { .data = questions[0], .n = strlen(questions[0]) }, { .data = questions[1], .n = strlen(questions[1]) },
+                                 { .data = questions[2], .n = strlen(questions[2]) } }, *texts = prompt->data ? prompt : ours;
     enum { PLACES = 4 };
-    int n = o->prompt || o->prompt_file ? 1 : 3;
+    int n = prompt->data ? 1 : 3;
     double times[2][REPEATS], ratios[REPEATS];
     run_result sums[2] = { { 0 } }, checked = { 0 };
     for (int round = 0; round < REPEATS; round++) {
@@ -8005,7 +8013,7 @@ static int bench_drafting(const struct options *o, run_session *s, struct text *
         int tokens = sums[0].tokens;
         for (int i = 0; i < 2 * n; i++) {
             int drafts = (i + round) % 2;
-            if (bench_text(o, s, n > 1 ? questions[i / 2] : NULL, drafts ? o->draft : RUN_DRAFT_OFF, &sums[drafts], error))
+            if (bench_text(o, s, &texts[i / 2], drafts ? o->draft : RUN_DRAFT_OFF, &sums[drafts], error))
                 return -1;
         }
         for (int i = 0; i < 2; i++)
@@ -8017,14 +8025,15 @@ static int bench_drafting(const struct options *o, run_session *s, struct text *
         four.draft_max = PLACES;
         s->drafting->always = 1;
         for (int i = 0; i < n; i++)
-            if (bench_text(&four, s, n > 1 ? questions[i] : NULL, RUN_DRAFT_HEADS, &checked, error))
+            if (bench_text(&four, s, &texts[i], RUN_DRAFT_HEADS, &checked, error))
                 return -1;
         s->drafting->always = 0;
     }
     struct spread off = spread_of(times[0]), on = spread_of(times[1]), ratio = spread_of(ratios);
     const run_result *r = &sums[1];
     text_print(t, o->json ? "{\"draft\":{\"tok_s\":%.6g,\"tok_s_off\":%.6g,\"gain\":%.4g,\"gain_low\":%.4g,\"gain_high\":%.4g," :
-               "with drafting     %9.1f tok/s, without %.1f: %.3f times as fast (%.3f to %.3f in 7 rounds)\n", inverse(on.middle),
+               "decode            %.1f tok/s with drafting, %.1f without (medians)\n"
+               "gain              %.3f times as fast, median of the rounds (%.3f to %.3f)\n", inverse(on.middle),
                inverse(off.middle), inverse(ratio.middle), inverse(ratio.high), inverse(ratio.low));
     text_print(t, o->json ? "\"passes\":%d,\"drafted\":%d,\"accepted\":%d,\"net_gain\":%.4g" :
                "by its own count  %d passes, %d guesses, %d of them right; gain %.3f\n", r->passes, r->drafted, r->accepted, net_gain(r));
@@ -8050,7 +8059,9 @@ static int mode_bench(const struct options *o, run_session *s, run_error *error)
     if (s->context <= LOGIT_ROWS) {
         failed = fail(error, "bench needs a context of at least %d", LOGIT_ROWS + 1);
     } else if (o->draft_text) {
-        failed = bench_drafting(o, s, &t, error);
+        struct text prompt = { 0 };
+        failed = ((o->prompt || o->prompt_file) && read_prompt(o, &prompt, error)) || bench_drafting(o, s, &prompt, &t, error);
+        free(prompt.data);
     } else if (o->compare) {
         failed = compare(o, s, &t, error);
     } else { /* the start comes first: what has been touched cannot be forgotten */
@@ -8209,6 +8220,8 @@ static void check_options(const struct options *o, enum mode mode)
             wrong_usage("%s is for %s, and this is %s", rules[i].name, rules[i].where, mode_names[mode]);
     if (o->logprobs >= 0 && !o->json)
         wrong_usage("--logprobs needs --json");
+    if (o->compare && o->draft_text)
+        wrong_usage("bench takes --compare or --draft, not both");
     size_t n = o->prompt_file ? strlen(o->prompt_file) : 0;
     if (n > 6 && !strcmp(o->prompt_file + n - 6, ".jsonl") && !o->json && (mode == GENERATE || mode == CHAT))
         fprintf(stderr, "run: %s is read as one prompt; with --json each of its lines is one\n", o->prompt_file);

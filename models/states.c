@@ -56,5 +56,8 @@ int main(int n_words, char **words)
     }
     run_session_close(s);
     run_close(m);
-    return fflush(stdout) ? 1 : 0;
+    free(ids);
+    free(totals);
+    free(found);
+    return fflush(stdout) || ferror(stdout);
 }

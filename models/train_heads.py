@@ -235,7 +235,8 @@ def compile_states(o):
     program, source = os.path.join(o.work, "states"), os.path.join(ROOT, "models", "states.c")
     command = [os.environ.get("CC", "cc"), "-O3", "-ffp-contract=off", "-std=gnu11", "-Wno-psabi", "-pthread", source,
                "-o", program + ".part", "-lm"]
-    if not os.path.exists(program):
+    sources = [source] + [os.path.join(ROOT, name) for name in ("run.c", "tokenizer.c")]
+    if not os.path.exists(program) or os.path.getmtime(program) < max(map(os.path.getmtime, sources)):
         subprocess.run(command, check=True)
         os.rename(program + ".part", program)
     return program
@@ -264,6 +265,8 @@ def stage_states(o):
         if "%s%06d.pt" % (mine, end) in old or (o.shard and number % o.shard[1] != o.shard[0] - 1):
             continue
         lines = [line for line in lines if "ids" in line]
+        if not lines:
+            continue
         ids = [(line["prompt_ids"] + line["ids"])[:o.length] for line in lines]
         sequences = []
         for line, row, h, total in zip(lines, ids, *states_of(o, program, trunk.dim, ids)):

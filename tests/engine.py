@@ -58,6 +58,8 @@ MISTAKES = [
      "{ s->length += mutant == M && s->ahead > 1; return s->ahead = 0; }"),
     ("lookup that remembers what is gone", "if (s->drafting && s->drafting->text.n > position)",
      "if (mutant != M && s->drafting && s->drafting->text.n > position)"),
+    ("a second model that does not see a rewind", "if (s->drafting && s->drafting->agreed > position)",
+     "if (mutant != M && s->drafting && s->drafting->agreed > position)"),
     ("matches other than the longest", "if (state_length(l, q) == state_length(l, p) + 1) {",
      "if (mutant == M || state_length(l, q) == state_length(l, p) + 1) {"),
     ("a temperature that multiplies", "sharpness = 1.0f / how->temperature;",

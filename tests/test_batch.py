@@ -163,11 +163,15 @@ class Batch(unittest.TestCase):
                 self.assertEqual(without_stats(lines(f.read())), whole)
         self.assertGreater(stopped, 0)
 
+    def test_results_into_a_pipe(self):
+        p = subprocess.run([RUN, *self.options, "-o", "/dev/stdout"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual(without_stats(lines(p.stdout)), without_stats(self.results))
+
     def test_failures_count_when_they_are_kept(self):
         path, out = os.path.join(self.folder, "fail.jsonl"), os.path.join(self.folder, "fail-out.jsonl")
         with open(path, "w") as f:
             f.write(json.dumps({"prompt": "Lily " * 300}) + "\n" + json.dumps({"prompt": "Once"}) + "\n")
-        for said in (b"; 1 failed", b"2 results of an earlier run kept"):
+        for said in (b"; 1 of all failed", b"2 results of an earlier run kept"):
             p = run([STORIES, "-f", path, "--json", "-n", "5", "-c", "100", "-o", out])
             self.assertEqual(p.returncode, 1)
             self.assertIn(said, p.stderr)

@@ -8,7 +8,7 @@ import json
 import re
 import unittest
 
-from common import STORIES, ok
+from common import STORIES, Safetensors, ok, run, scratch, write_safetensors
 from engine import engine, mistake, quantized, small_model, works
 
 
@@ -16,14 +16,17 @@ class Same(unittest.TestCase):
 
     def drafts(self, model, seed, trials):
         out = works(["drafts", model, seed, trials]).decode()
-        accepted, drafted, passes = map(int, re.search(r"(\d+) of (\d+) accepted in (\d+) passes", out).groups())
+        accepted, drafted, passes, second = map(int, re.search(
+            r"(\d+) of (\d+) accepted in (\d+) passes, .*, (\d+) by a second", out).groups())
         self.assertGreater(min(accepted, drafted - accepted, passes), 100, out)
+        return second
 
     def test_text_logits_cache(self):
-        self.drafts(STORIES, 1, 12)
+        second = self.drafts(STORIES, 1, 12)
         for seed, model in enumerate([small_model(m) for m in ("mistral", "qwen2_window", "llama3", "qwen3", "llama_odd")] +
                                      [quantized(small_model("llama_odd"), "q4a"), quantized(small_model("mistral"), "q8")]):
-            self.drafts(model, seed, 20)
+            second += self.drafts(model, seed, 20)
+        self.assertGreater(second, 200)
 
     def test_lookup_finds_the_longest_match(self):
         works(["lookups", "-", 400])
@@ -46,7 +49,7 @@ class Same(unittest.TestCase):
 
     def test_mistakes_are_noticed(self):
         drafts, frequencies = ["drafts", small_model("mistral"), 1, 12], ["frequencies", small_model("mistral"), 20000, 40]
-        for word, args in (("stand although", drafts), ("lossy", frequencies), ("behind the end", drafts),
+        for word, args in (("second model that", ["drafts", STORIES, 1, 12]), ("stand although", drafts), ("lossy", frequencies), ("behind the end", drafts),
                            ("remembers", drafts), ("other than the longest", ["lookups", "-", 100])):
             p = engine(args, "mistakes", env={"MUTANT": mistake(word)})
             self.assertNotEqual(p.returncode, 0, (word, args, p.stdout))
@@ -56,6 +59,29 @@ class Same(unittest.TestCase):
 
 
 class Program(unittest.TestCase):
+
+    def test_a_second_model(self):
+        """The model itself, and a copy with another context: the same text; one with other tokens is refused."""
+        short = scratch("drafts", "short.bin")
+        file = Safetensors(STORIES)
+        write_safetensors(short, dict(file.metadata, context_length="64"), file.tensors)
+        args = [STORIES, "-i", self.PROMPT, "-n", "150", "-t", "0"]
+        for draft in (STORIES, short):
+            self.assertEqual(ok(args + ["--draft", draft]), ok(args + ["--draft", "off"]), draft)
+        p = run([STORIES, "-i", "a", "--draft", small_model("mistral")])
+        self.assertEqual(p.returncode, 1)
+        self.assertIn(b"its tokens are others", p.stderr)
+
+    def test_bench(self):
+        for draft in ("lookup", STORIES):
+            out = json.loads(ok([STORIES, "-m", "bench", "--draft", draft, "--json", "-t", "0", "-n", "40"]).decode())["draft"]
+            self.assertGreater(min(out["tok_s"], out["tok_s_off"], out["gain_low"]), 0)
+            self.assertLessEqual(out["gain_low"], out["gain"])
+            self.assertLessEqual(out["gain"], out["gain_high"])
+            self.assertLessEqual(out["accepted"], out["drafted"])
+        self.assertGreater(min(out["acceptance"]), 0.8)     # the model itself; some guesses come behind the end
+        self.assertIn("acceptance        by place", ok([STORIES, "-m", "bench", "--draft", STORIES, "-t", "0", "-n", "40", "-i", "Once"]).decode())
+        self.assertEqual(run([STORIES, "-m", "bench", "--draft", "auto", "--compare", "isa"]).returncode, 2)
 
     PROMPT = "Lily said: one two three four five six seven. Tom said: one two three four"
 
