@@ -434,7 +434,7 @@ static int drafts(const char *path, int seed, int trials, const char *head_file)
             if ((kind == ADVERSARY && r.accepted) || (kind == ORACLE && r.tokens > 1 &&
                 r.passes > (r.tokens - 1 + (how.draft_max ? how.draft_max : RUN_DRAFT_MOST)) / (1 + (how.draft_max ? how.draft_max : RUN_DRAFT_MOST)) + 1))
                 die("trial %d, %s: %d tokens in %d passes", trial, names[kind], r.tokens, r.passes);
-            if (knows && (r.drafted - r.accepted > RUN_DRAFT_MOST || (r.tokens > 30 && r.accepted_by[RUN_MODEL] < r.tokens / 3)))
+            if (knows && (r.drafted - r.accepted > RUN_DRAFT_MOST || (r.tokens > 30 && !r.accepted_by[RUN_MODEL])))
                 die("trial %d, %s: only %d of %d accepted, %d tokens", trial, names[kind], r.accepted, r.drafted, r.tokens);
             by_second += knows ? r.accepted_by[RUN_MODEL] : 0;
             drafted += r.drafted;
@@ -458,7 +458,7 @@ static int drafts(const char *path, int seed, int trials, const char *head_file)
                 if (run_rewind(again.s, back, &problem) || run_eval(again.s, ids, more < n ? more : n, &problem) ||
                     run_generate(again.s, &how, &r, &problem))
                     die("engine: %s", problem.text);
-                if (knows && (r.drafted - r.accepted > RUN_DRAFT_MOST || (r.tokens > 30 && r.accepted_by[RUN_MODEL] < r.tokens / 3)))
+                if (knows && (r.drafted - r.accepted > RUN_DRAFT_MOST || (r.tokens > 30 && !r.accepted_by[RUN_MODEL])))
                     die("trial %d, %s: only %d of %d accepted after a rewind", trial, names[kind], r.accepted, r.drafted);
                 how.context = &plain;
                 how.draft = RUN_DRAFT_OFF;
