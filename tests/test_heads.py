@@ -12,11 +12,12 @@ import random
 import re
 import shutil
 import struct
+import sys
 import unittest
 import zipfile
 import zlib
 
-from common import FIXTURES, RUN, STORIES, Safetensors, f32, fresh_folder, ok, scratch, write_safetensors
+from common import FIXTURES, ROOT, RUN, STORIES, Safetensors, f32, fresh_folder, ok, run, scratch, write_safetensors
 from engine import works
 from test_export import Export, dump, e, get, gguf_bytes, main, put
 
@@ -389,6 +390,28 @@ class Heads(Export):
             self.assertGreater(len(said), 15, said)
             for n in names:
                 os.remove(n)
+
+    def test_merged(self):
+        """Heads of a file of their own, put into the model's: the same logits, on a page of their own; not for others."""
+        sys.path.insert(0, os.path.join(ROOT, "models"))
+        import smollm2
+        with open(os.path.join(HEADS, "eagle2", "expected.json")) as f:
+            (trunk, path), _, _ = self.said_by_run_c("eagle2", json.load(f), 1)
+        out = scratch("heads", "merged.bin")
+        smollm2.merge(trunk, path, out)
+        p = run([out, "-m", "info", "--verify"])
+        self.assertEqual(p.returncode, 0, p.stderr)
+        self.assertIn(b"match their checksums", p.stdout + p.stderr)
+        requests = b"4 1 2 3 4 5 1\n3 7 8 9 10 0\n"
+        self.assertEqual(works(["heads", out, "-", 3], stdin=requests.decode()), works(["heads", trunk, path, 3], stdin=requests.decode()))
+        with open(out, "rb") as f:
+            size = struct.unpack("<Q", f.read(8))[0]
+            header = json.loads(f.read(size))
+        first = min(v["data_offsets"][0] for k, v in header.items() if k.startswith("draft."))
+        self.assertEqual((8 + size + first) % 4096, 0)
+        self.assertEqual(max(header, key=lambda k: header[k]["data_offsets"][1] if "data_offsets" in header[k] else 0)[:6], "draft.")
+        with self.assertRaises(ValueError):
+            smollm2.merge(STORIES, path, out)
 
     def test_every_option_matters(self):
         """With any fact about a head changed, its logits are others: the test above sees it."""
