@@ -6696,9 +6696,10 @@ static void print_statistics(const struct output *o, const run_result *r)
     fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s", o->prompt_tokens,
             rate(o->prompt_tokens, o->prompt_seconds), r->tokens, rate(r->tokens, o->seconds));
     if (r->drafted)
-        fprintf(stderr, "; drafted: %d of %d guesses right, %.2f tokens a pass, %+.0f %% speed", r->accepted, r->drafted,
-                rate(r->tokens, r->passes), 100 * net_gain(r));
-    else if (o->options && o->options->draft != RUN_DRAFT_OFF && r->tokens > 16)
+        fprintf(stderr, "; drafted: %d of %d guesses right, %.2f tokens a pass", r->accepted, r->drafted, rate(r->tokens, r->passes));
+    if (r->drafted && r->tokens >= 64)  /* an estimate: of fewer tokens it would be noise */
+        fprintf(stderr, ", speed about %+.0f %%", 100 * net_gain(r));
+    if (!r->drafted && o->options && o->options->draft != RUN_DRAFT_OFF && r->tokens > 16)
         fprintf(stderr, "; no guesses, as they would not pay");
     if (o->options && o->options->sampling.temperature > 0)
         fprintf(stderr, "; seed %llu", (unsigned long long)o->options->sampling.seed);
@@ -7370,8 +7371,10 @@ static int mode_batch(const struct options *o, run_session *s, enum mode mode, r
     if (!failed) {
         if (b.kept)
             fprintf(stderr, "%d results of an earlier run kept; ", b.kept);
-        fprintf(stderr, "%d results, %lld tokens in %d passes, %.1f tok/s; %d of all failed", b.n - b.kept, b.tokens, b.passes,
-                (double)b.tokens / (seconds() - start), b.failures);
+        fprintf(stderr, "%d results, %lld tokens in %d passes, %.1f tok/s", b.n - b.kept, b.tokens, b.passes,
+                (double)b.tokens / (seconds() - start));
+        if (b.failures)
+            fprintf(stderr, "; %d of the %d failed", b.failures, b.n);
         if (o->sampling.temperature > 0)
             fprintf(stderr, "; seed %llu", (unsigned long long)o->sampling.seed);
         fprintf(stderr, "\n");
@@ -8036,7 +8039,8 @@ static int bench_drafting(const struct options *o, run_session *s, const struct 
                "gain              %.3f times as fast, median of the rounds (%.3f to %.3f)\n", inverse(on.middle),
                inverse(off.middle), inverse(ratio.middle), inverse(ratio.high), inverse(ratio.low));
     text_print(t, o->json ? "\"passes\":%d,\"drafted\":%d,\"accepted\":%d,\"net_gain\":%.4g" :
-               "by its own count  %d passes, %d guesses, %d of them right; gain %.3f\n", r->passes, r->drafted, r->accepted, net_gain(r));
+               "by its own count  %d passes, %d guesses, %d of them right; estimated gain %.3f\n", r->passes, r->drafted, r->accepted,
+               1 + net_gain(r));
     if (o->json)
         print_drafting(t, r);
     for (int k = 0; k < RUN_DRAFTERS && !o->json; k++)

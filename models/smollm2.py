@@ -88,7 +88,7 @@ def main():
                          "again, or convert any model you have: python3 export.py FOLDER -o model.bin")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    print("\nmodels/smollm2-135m-instruct.bin is there. Now talk to it, or ask one thing:\n\n"
+    print("\nmodels/smollm2-135m-instruct.bin is there, with draft heads. Now talk to it, or ask one thing:\n\n"
           "  ./run models/smollm2-135m-instruct.bin\n"
           "  ./run models/smollm2-135m-instruct.bin -i \"Why is the sky blue?\"\n")
 

@@ -171,7 +171,7 @@ class Batch(unittest.TestCase):
         path, out = os.path.join(self.folder, "fail.jsonl"), os.path.join(self.folder, "fail-out.jsonl")
         with open(path, "w") as f:
             f.write(json.dumps({"prompt": "Lily " * 300}) + "\n" + json.dumps({"prompt": "Once"}) + "\n")
-        for said in (b"; 1 of all failed", b"2 results of an earlier run kept"):
+        for said in (b"; 1 of the 2 failed", b"2 results of an earlier run kept"):
             p = run([STORIES, "-f", path, "--json", "-n", "5", "-c", "100", "-o", out])
             self.assertEqual(p.returncode, 1)
             self.assertIn(said, p.stderr)
