@@ -907,7 +907,7 @@ struct mixing {
     struct matrix e_proj, h_proj;                            /* [the head's dim, dim], [the head's dim, state] */
     struct matrix fuse;                                      /* EAGLE-3: [the head's dim, state], in their place */
     struct matrix q_e, k_e, v_e;                             /* EAGLE-3: what attention reads of the embedding */
-    int state, kind, zero_first, residual_normed;
+    int state, zero_first, residual_normed;
 };
 
 struct residual { struct matrix w; const float *bias; };     /* Medusa: x + silu(w x + bias), [dim, dim] */
@@ -3755,6 +3755,8 @@ static void drafting_close(struct drafting *d)
     free(d);
 }
 
+/* -- a second model: it has a timeline of its own, which follows as far as it is asked -- */
+
 static int second_behind(const run_session *s)
 {
     return s->length + 1 - s->drafting->agreed;
@@ -3794,6 +3796,8 @@ static void ask_whom(struct drafting *d, const run_session *s, run_session *seco
     if (d->ask)
         d->share = (double)(second ? second->model : &s->model->heads[0].model)->weight_bytes / (double)s->model->weight_bytes;
 }
+
+/* -- the decisions -- */
 
 /* Chances to begin with, of lookup by length of the match. */
 static struct drafting *drafting_open(run_session *s, run_error *error)
@@ -3889,14 +3893,13 @@ static double pass_time(const struct drafting *d, int k)
    expected tells of the others too: contexts grow, machines get busy. */
 static void note_time(struct drafting *d, int k, double time)
 {
-    int n = d->timed[k], wide = 1;      /* has any but the first been timed of late? */
+    int n = d->timed[k], rare = k > 1 || n < 3 || d->steps - d->last_timed[1] > 32; /* no such pass of late */
     double expected = n > 1 || d->timed[1] > 2 ? pass_time(d, k) : time; /* the first time is slow */
     double ratio = time / expected;
     ratio = ratio > 1.25 ? 1.25 : ratio < 0.8 ? 0.8 : ratio; /* a single pass proves little: it may have been held up */
     time = ratio * expected;
-    for (int i = 2; i <= N_ROWS; i++)
-        wide = wide && (!d->timed[i] || d->steps - d->last_timed[i] > 32);
-    int rare = k == 1 ? d->steps - d->last_timed[k] > 32 || n < 3 : wide;
+    for (int i = 2; i <= N_ROWS && k > 1; i++) /* any of several rows tells of them all */
+        rare = rare && (!d->timed[i] || d->steps - d->last_timed[i] > 32);
     if (k == 1) {
         d->alone = expected + (time - expected) / (rare ? 2 : 8);
         d->each = n < 2 ? 0.3 * d->alone : d->each; /* a guess */
