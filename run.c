@@ -1526,12 +1526,18 @@ INLINE float from_bf16(uint16_t b) { return from_bits((uint32_t)b << 16); }
 /* Round to the nearest even integer, |x| < 2^22: the sum has no bits left for a fraction. */
 INLINE float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 
+/* a if a > b, else b. As bits: compilers turn two conditions in a row into many paths. */
+INLINE float larger_of(float a, float b)
+{
+    uint32_t mask = 0u - (uint32_t)(a > b);
+    return from_bits((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+
 /* exp in float: x = n ln 2 + r with |r| <= ln 2 / 2, Taylor to r^7 (the rest is below 6e-9), and
    two powers of two since 2^n alone may be out of range. */
 INLINE float exp_(float x)
 {
-    float y = x > -104.0f ? x : -104.0f;                    /* NaN becomes -104 */
-    y = y < 89.0f ? y : 89.0f;
+    float y = -larger_of(-larger_of(x, -104.0f), -89.0f);   /* from -104 to 89; NaN becomes -104 */
     float n = round_even(y * 0x1.715476p+0f);
     float r = fma_(n, -0x1.62e4p-1f, y);                    /* ln 2 in two parts: the first has */
     r = fma_(n, -0x1.7f7d1cp-20f, r);                       /* few bits, so n times it is exact */
@@ -1649,7 +1655,7 @@ static int exact_arithmetic(void)
    int8: x = q * scale in groups of 32, stored [group][row][32] so that a tile of rows is one
    stretch of memory. Columns are padded with zeros to 64. */
 struct input {
-    float *x;                       /* [n, stride] */
+    float *x;                       /* [n, stride], readable up to whole sixteens of columns */
     int8_t *q;                      /* [groups, n, 32] */
     float *scale;                   /* [groups, n] */
     float *offset;                  /* [groups, n] scale * (float)sum */
@@ -3109,7 +3115,7 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     p->last.n = p->wanted;
     p->mark = p->timed ? seconds() : 0;
     size_t bytes = p->model->weight_bytes;
-    int small = bytes < 4 << 20 && bytes * (size_t)n < 32 << 20; /* not worth waking others for */
+    int small = bytes < 4 << 20 && (n == 1 || bytes * (size_t)n < 2000000); /* not worth waking others for */
     team_run(p->team, small, forward, p);
     if (p->bad) {
         int layer = (p->bad - 1) / CHUNK, position = p->rows[(p->bad - 1) % CHUNK].position;
@@ -5267,7 +5273,7 @@ static int collect_sites(struct statistics *s, const struct planned *plan, int f
         if (bytes && bytes + more > most)
             break;
         bytes += more;
-        s->sites[i] = (struct site){ width, calloc((size_t)width * (size_t)s->window, sizeof(float)),
+        s->sites[i] = (struct site){ width, calloc((size_t)width * (size_t)s->window + 16, sizeof(float)),
                                      calloc((size_t)width * (size_t)width, sizeof(float)) };
         if (!s->sites[i].rows || !s->sites[i].hessian)
             return fail(error, "out of memory for statistics of %d columns", width);
@@ -5710,73 +5716,89 @@ INLINE vf SET(weights)(const unsigned char *data, size_t i, const enum type type
     return SET(shifted)(data + 2 * i);
 }
 
-/* s[row][token] += weights * x, LANES columns from k on. */
-INLINE void SET(accumulate)(vf s[4][FLOAT_TOKENS], const struct matrix *w, size_t row, int k, const float *x, size_t stride,
-                            const int rows, const int n, const enum type type)
+static const int32_t SET(sixteen)[16] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
+
+/* s[token][row] += weights * x, LANES columns; `ragged`: only lanes where `within` is -1. */
+INLINE void SET(accumulate)(vf s[FLOAT_TOKENS][4], const unsigned char *const lines[4], int k, const float *x, size_t stride,
+                            const int rows, const int n, const enum type type, const int ragged, vi within)
 {
+    vf columns[FLOAT_TOKENS];
+    for (int r = 0; r < n; r++)
+        columns[r] = *(const vf *)(x + (size_t)r * stride);
     for (int i = 0; i < rows; i++) {
-        vf weights = SET(weights)(w->data, (row + (size_t)i) * (size_t)w->cols + (size_t)k, type);
+        vf weights = SET(weights)(lines[i], (size_t)k, type);
         if (n > 1)
             __asm__("" : "+" VECTOR_REGISTER(weights));     /* or gcc loads it once for every token */
-        for (int r = 0; r < n; r++)
-            s[i][r] = SET(fma_v)(weights, *(const vf *)(x + (size_t)r * stride + k), s[i][r]);
+        for (int r = 0; r < n; r++) {
+            vf more = SET(fma_v)(weights, columns[r], s[r][i]);
+            s[r][i] = ragged ? (vf)((within & (vi)more) | (~within & (vi)s[r][i])) : more;
+        }
     }
 }
 
-/* rows x n dot products, rows 1 or 4: sixteen partial sums each, in PARTS vectors. Several tokens
-   have registers for one part at a time. [N3] */
-INLINE void SET(dots)(float *tile, const struct matrix *w, size_t row, const struct input *x, int r0,
-                      const int rows, const int n, const enum type type)
+/* rows (1 or 4) times n tokens: sixteen partial sums each, in PARTS vectors. Several tokens have
+   registers for one part at a time. [N3] */
+INLINE void SET(dots)(float *tile, const unsigned char *w, int cols, int last, const float *x, size_t stride, const int rows,
+                      const int n, const enum type type)
 {
+    const int size = type == F32 ? 4 : 2, together = n > 1 ? 1 : PARTS;
+    const unsigned char *lines[4], *ends[4];
+    int whole = cols / 16 * 16;
     float sums[FLOAT_TOKENS][4][16];
-    int cols = w->cols, whole = cols / 16 * 16, together = n > 1 ? 1 : PARTS;
-    const float *from = x->x + (size_t)r0 * x->stride;
-    for (int first = 0; first < PARTS; first += together) {
-        vf s[PARTS][4][FLOAT_TOKENS];
-        for (int part = 0; part < together; part++)
-            for (int i = 0; i < rows; i++)
-                for (int r = 0; r < n; r++)
-                    s[part][i][r] = (vf){ 0 };
-        for (int k = first * LANES; k < whole; k += 16)
-            for (int part = 0; part < together; part++)
-                SET(accumulate)(s[part], w, row, k + part * LANES, from, x->stride, rows, n, type);
-        for (int part = 0; part < together; part++) {
-            int k = whole + (first + part) * LANES;
-            if (k + LANES <= cols)
-                SET(accumulate)(s[part], w, row, k, from, x->stride, rows, n, type);
-            for (int i = 0; i < rows; i++)
-                for (int r = 0; r < n; r++)
-                    *(vf *)(sums[r][i] + (first + part) * LANES) = s[part][i][r];
-        }
+    unsigned char copies[4][64];
+    for (int i = 0; i < rows; i++) {
+        lines[i] = w + (size_t)i * (size_t)cols * (size_t)size;
+        ends[i] = lines[i] + (size_t)whole * (size_t)size;
+        if (whole < cols && (last || !whole))   /* sixteen columns from there would go beyond the matrix */
+            ends[i] = memcpy(copies[i], ends[i], (size_t)((cols - whole) * size));
     }
-    for (int r = 0; r < n; r++) {
-        for (int i = 0; i < rows; i++)
-            for (int k = cols / LANES * LANES; k < cols; k++)
-                sums[r][i][k - whole] = fma_(float_weight(w, (row + (size_t)i) * (size_t)cols + (size_t)k),
-                                             from[(size_t)r * x->stride + (size_t)k], sums[r][i][k - whole]);
+    for (int first = 0; first < PARTS; first += together) {
+        vf s[PARTS][FLOAT_TOKENS][4];
+        for (int part = 0; part < together; part++)
+            for (int r = 0; r < n; r++)
+                for (int i = 0; i < rows; i++)
+                    s[part][r][i] = (vf){ 0 };
+        for (int k = first * LANES; k < whole; k += 16) {
+            for (int i = 0; first == 0 && i < rows * size / 4; i++)  /* in the order in which the rows lie in memory */
+                __builtin_prefetch(w + PREFETCH + (size_t)k * (size_t)(rows * size) + 64 * i);
+            for (int part = 0; part < together; part++)
+                SET(accumulate)(s[part], lines, k + part * LANES, x + k + part * LANES, stride, rows, n, type, 0, (vi){ 0 });
+        }
+        for (int part = 0; part < together; part++) {
+            int k = (first + part) * LANES;
+            if (whole < cols)
+                SET(accumulate)(s[part], ends, k, x + whole + k, stride, rows, n, type, 1,
+                                *(const vi *)(SET(sixteen) + k) < cols - whole);
+            for (int r = 0; r < n; r++)
+                for (int i = 0; i < rows; i++)
+                    *(vf *)(sums[r][i] + k) = s[part][r][i];
+        }
+        if (n > 1)
+            __asm__ volatile("" :: "r"(sums) : "memory");       /* or clang keeps them in registers */
+    }
+    for (int r = 0; r < n; r++)
         if (rows == 4)
             four_trees(tile + r * STRIP, sums[r]);
         else
             tile[r * STRIP] = tree(sums[r][0]);
-    }
 }
 
-/* As many sums at once as there are registers for. */
-INLINE void SET(floating)(float *tile, const struct matrix *w, int strip, const struct input *x, int r0, int n,
+INLINE void SET(floating)(float *tile, const struct matrix *m, int strip, const struct input *x, int r0, int n,
                           const enum type type)
 {
-    int rows = w->rows - strip * STRIP < STRIP ? w->rows - strip * STRIP : STRIP;
+    int rows = m->rows - strip * STRIP < STRIP ? m->rows - strip * STRIP : STRIP, cols = m->cols;
+    size_t line = (size_t)cols * (type == F32 ? 4 : 2), stride = x->stride;
     for (int i = 0; i < rows;) {
-        size_t row = (size_t)(strip * STRIP + i);
-        int step = rows - i >= 4 ? 4 : 1, r = 0;
-        if (step == 4) {
-            for (; r + FLOAT_TOKENS <= n; r += FLOAT_TOKENS)
-                SET(dots)(tile + r * STRIP + i, w, row, x, r0 + r, 4, FLOAT_TOKENS, type);
-            for (; r < n; r++)
-                SET(dots)(tile + r * STRIP + i, w, row, x, r0 + r, 4, 1, type);
-        }
+        const unsigned char *w = m->data + (size_t)(strip * STRIP + i) * line;
+        const float *from = x->x + (size_t)r0 * stride;
+        int step = rows - i >= 4 ? 4 : 1, last = strip * STRIP + i + step == m->rows, r = 0;
+        for (; step == 4 && r + FLOAT_TOKENS <= n; r += FLOAT_TOKENS)
+            SET(dots)(tile + r * STRIP + i, w, cols, last, from + (size_t)r * stride, stride, 4, FLOAT_TOKENS, type);
         for (; r < n; r++)
-            SET(dots)(tile + r * STRIP + i, w, row, x, r0 + r, 1, 1, type);
+            if (step == 4)
+                SET(dots)(tile + r * STRIP + i, w, cols, last, from + (size_t)r * stride, stride, 4, 1, type);
+            else
+                SET(dots)(tile + r * STRIP + i, w, cols, last, from + (size_t)r * stride, stride, 1, 1, type);
         i += step;
     }
 }
@@ -5956,6 +5978,7 @@ TARGET_END
 #elif !defined RUN_DECLARATIONS
 
 #define PREFETCH (24 * 576) /* bytes ahead: far enough for memory, near enough to stay in the first cache */
+
 
 #ifdef __x86_64__
 #define VECTOR_REGISTER "v" /* as inline assembly calls it */
