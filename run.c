@@ -2729,7 +2729,9 @@ static const struct input *prepare(struct pass *p, int me, int layer, struct inp
     in = p->alone ? own : in;
     if (!norm && !m->has_packed)
         return in;
-    for (int r = p->alone ? 0 : me; r < p->n; r += p->alone ? 1 : p->team->active) {
+    /* neighbours by one thread: their int8 shares cache lines */
+    int first = p->alone ? 0 : p->n * me / p->team->active, end = p->alone ? p->n : p->n * (me + 1) / p->team->active;
+    for (int r = first; r < end; r++) {
         if (norm)
             note(p, normalize(m, in->x + (size_t)r * in->stride, p->x + (size_t)r * (size_t)m->config.dim, norm,
                               m->config.dim), layer, r);
