@@ -5,7 +5,8 @@
             [--tokens 200] [--temperature 0] [--threads 2] [--json FILE]
 
 FOLDER holds spec_bench_question.jsonl, HumanEval.jsonl and gsm8k_test.jsonl as their authors publish them; a Spec-Bench
-question is the first turn of a conversation. Through the chat format if the model has one, else as plain text. --settings
+question is the first turn of a conversation. Two more kinds are made of them: "copies" asks for the beginning of an
+article word for word, "edits" for a program with another name in it (both outside of the mean). Through the chat format if the model has one, else as plain text. --settings
 are values of --draft (a file of heads too); "off" always runs, in every round beside the others, in turning order.
 
 Of each text the time of decoding is what a whole run takes less what the same run takes for one token (loading, prompt).
@@ -38,6 +39,11 @@ def prompts(folder, each):
         kinds[kind if kind in ("translation", "summarization", "qa", "math_reasoning", "rag") else "mt_bench"].append(q["turns"][0])
     for q in read("HumanEval.jsonl"):
         kinds["HumanEval"].append("Complete this Python function:\n\n" + q["prompt"])
+        kinds["edits"].append("Rename the function %s to compute in this program, and print all of it:\n\n%s%s" %
+                              (q["entry_point"], q["prompt"], q["canonical_solution"]))
+    for text in list(kinds["summarization"]):
+        article = text.split(":", 1)[-1].strip()
+        kinds["copies"].append("Repeat this text word for word:\n\n" + article[:article.rfind(".", 0, 700) + 1])
     for q in read("gsm8k_test.jsonl"):
         kinds["GSM8K"].append(q["question"])
     return [(kind, found[i * len(found) // each]) for kind, found in kinds.items() for i in range(min(each, len(found)))]
@@ -78,6 +84,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--settings", nargs="+", default=["auto"])
+    parser.add_argument("--kinds", nargs="+", help="only these")
     parser.add_argument("--each", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=200)
@@ -86,7 +93,8 @@ def main():
     parser.add_argument("--json")
     options = parser.parse_args()
     found, different, log = collections.defaultdict(lambda: collections.defaultdict(Sums)), 0, []
-    everything, settings = prompts(options.prompts, options.each), ["off"] + options.settings
+    everything = [p for p in prompts(options.prompts, options.each) if not options.kinds or p[0] in options.kinds]
+    settings = ["off"] + options.settings
     for number, (kind, prompt) in enumerate(everything):
         times, results = collections.defaultdict(list), {}
         for turn in range(options.rounds):
@@ -122,7 +130,8 @@ def main():
             if kind != "all":
                 print("| %s | %s |" % (kind, sums.row()))
         print("| all | %s |" % kinds["all"].row())
-        means = [statistics.median(sums.gains) for kind, sums in kinds.items() if kind != "all"]
+        means = [statistics.median(sums.gains) for kind, sums in kinds.items() if kind not in ("all", "copies", "edits")]
+        means = means or [statistics.median(kinds["all"].gains)]
         off = [abs(x["estimate"] / x["gain"] - 1) for x in log if x["draft"] == draft]
         print("\nmean of the kinds %.2f, worst kind %.2f; the program's own estimate was off by %.0f %% (median)" % (
             statistics.mean(means), min(means), 100 * statistics.median(off)))
