@@ -1179,6 +1179,104 @@ static struct matrix gather_rows(const struct matrix *w, const int32_t *rows, in
     return (struct matrix){ data, w->type, n, w->cols };
 }
 
+/* What the metadata says of a head: its kind, and which states of the trunk it wants. Returns -1 on failure. */
+static int head_describe(struct run_model *trunk, struct reading *r, int number, struct head *h)
+{
+    const struct config *t = &trunk->config;
+    struct mixing *x = &h->mixing;
+    h->kind = (enum head_kind)get_word(r, "kind", head_kinds);
+    h->state = (enum head_state)get_word(r, "state", (const char *const[]){ "norm", "last", "before", "layers", NULL });
+    h->chain_norm = !get_word(r, "chain", (const char *const[]){ "norm", "out", NULL });
+    h->may_chain = (int)get_integer(r, "may_chain", 0, 1, 1);
+    h->acceptance = get_text(r, "acceptance");
+    if (h->acceptance && strspn(h->acceptance, "0123456789. ") != strlen(h->acceptance))
+        return fail(r->error, "metadata draft.%d.acceptance should be a list of numbers", number);
+    int taps = h->state == STATE_LAYERS ? get_list(r, "layers", trunk->taps, 8, t->layers - 1) : h->state == STATE_BEFORE;
+    if (h->state == STATE_BEFORE)
+        trunk->taps[0] = t->layers - 1;
+    if (r->failed)
+        return -1;
+    if (h->state == STATE_LAYERS && !taps)
+        return fail(r->error, "draft head %d is fed with layers, but draft.%d.layers names none", number, number);
+    if (h->state == STATE_LAYERS && h->kind != SERIAL)
+        return fail(r->error, "draft head %d cannot be fed with several layers", number);
+    if (number && (h->kind != trunk->heads->kind || h->state != trunk->heads->state || h->state == STATE_LAYERS))
+        return fail(r->error, "draft head %d differs from the first one in its kind, or in the states of the trunk that it wants", number);
+    trunk->n_taps = taps;
+    x->state = t->dim * (taps ? taps : 1);
+    x->embedding = trunk->embedding;
+    x->embedding_scale = t->embedding_scale;
+    x->zero_first = (int)get_integer(r, "zero_first", 0, 1, 0);
+    x->residual_normed = get_word(r, "residual", (const char *const[]){ "state", "normed", NULL });
+    return 0;
+}
+
+/* The matrices that mix an embedding with a state, of a serial head. */
+static void head_mixing(const struct config *t, struct reading *r, struct head *h, int fused)
+{
+    const struct config *c = &h->model.config;
+    struct mixing *x = &h->mixing;
+    int64_t q = ((int64_t)c->heads * c->hd) << c->gated, kv = (int64_t)c->kv * c->hd;
+    x->e_norm = get_vector(r, "e_norm.weight", t->dim, 0);
+    x->h_norm = get_vector(r, "h_norm.weight", fused ? c->dim : x->state, fused);
+    x->bias = get_vector(r, "proj.bias", c->dim, 0);
+    if (fused) {
+        x->fuse = get_matrix(r, "fuse.weight", c->dim, x->state);
+        x->q_e = get_matrix(r, "blk.0.attn_q_e.weight", q, t->dim);
+        x->k_e = get_matrix(r, "blk.0.attn_k_e.weight", kv, t->dim);
+        x->v_e = get_matrix(r, "blk.0.attn_v_e.weight", kv, t->dim);
+    } else {
+        x->e_proj = get_matrix(r, "e_proj.weight", c->dim, t->dim);
+        x->h_proj = get_matrix(r, "h_proj.weight", c->dim, x->state);
+    }
+}
+
+/* The residual blocks of a Medusa head: as many as there are, 16 at most. */
+static void head_residuals(struct reading *r, struct run_model *m)
+{
+    int dim = m->config.dim;
+    for (char name[40]; m->n_residuals < 16; m->n_residuals++) {
+        struct residual *a = &m->residuals[m->n_residuals];
+        snprintf(name, sizeof name, "res.%d.weight", m->n_residuals);
+        if (r->failed || !get_tensor(r, name))
+            break;
+        a->w = get_matrix(r, name, dim, dim);
+        snprintf(name, sizeof name, "res.%d.bias", m->n_residuals);
+        a->bias = get_vector(r, name, dim, 0);
+    }
+}
+
+/* Its output rows: its own or the trunk's, all tokens or some. Returns -1 on failure. */
+static int head_output(const struct run_model *trunk, struct reading *r, int number, struct head *h)
+{
+    struct run_model *m = &h->model;
+    const struct config *c = &m->config, *t = &trunk->config;
+    if (get_tensor(r, "output.weight"))
+        m->output = get_matrix(r, "output.weight", c->vocab, c->dim);
+    else if (c->dim == t->dim)
+        m->output = trunk->output;      /* all of it, or the rows that are named below */
+    else
+        return r->failed ? -1 : fail(r->error, "draft head %d has no output matrix, and the trunk's does not fit", number);
+    struct tensor *rows = get_tensor(r, "rows");
+    if (r->failed)
+        return -1;
+    if (!rows)
+        return c->vocab == t->vocab ? 0 : fail(r->error, "draft head %d has %d output rows, but does not say whose", number, c->vocab);
+    if (strcmp(rows->dtype, "I32") || rows->n_dims != 1 || rows->shape[0] != c->vocab)
+        return fail(r->error, "tensor %s should be I32 [%d]", rows->name, c->vocab);
+    h->rows = (const int32_t *)(const void *)rows->data;
+    for (int i = 0; i < c->vocab; i++)
+        if (h->rows[i] < 0 || h->rows[i] >= t->vocab)
+            return fail(r->error, "tensor %s names token %d of %d", rows->name, h->rows[i], t->vocab);
+    rows->used = 1;
+    if (m->output.data == trunk->output.data) {
+        if (!(h->gathered = calloc(1, matrix_bytes(m->output.type, c->vocab, c->dim))))
+            return fail(r->error, "out of memory for the output rows of draft head %d", number);
+        m->output = gather_rows(&trunk->output, h->rows, c->vocab, h->gathered);
+    }
+    return 0;
+}
+
 static int head_read(struct run_model *trunk, struct container *file, int number, struct head *h, run_error *error)
 {
     const struct config *t = &trunk->config;
@@ -1187,31 +1285,9 @@ static int head_read(struct run_model *trunk, struct container *file, int number
     struct mixing *x = &h->mixing;
     struct reading r = { file, error, 0, "" };
     snprintf(r.prefix, sizeof r.prefix, "draft.%d.", number);
-    if (config_read(c, &r, t))
+    if (config_read(c, &r, t) || head_describe(trunk, &r, number, h))
         return -1;
-    h->kind = (enum head_kind)get_word(&r, "kind", head_kinds);
-    h->state = (enum head_state)get_word(&r, "state", (const char *const[]){ "norm", "last", "before", "layers", NULL });
-    h->chain_norm = !get_word(&r, "chain", (const char *const[]){ "norm", "out", NULL });
-    h->may_chain = (int)get_integer(&r, "may_chain", 0, 1, 1);
-    h->acceptance = get_text(&r, "acceptance");
-    if (h->acceptance && strspn(h->acceptance, "0123456789. ") != strlen(h->acceptance))
-        return fail(error, "metadata draft.%d.acceptance should be a list of numbers", number);
     int norm = get_word(&r, "norm", (const char *const[]){ "own", "trunk", "none", NULL });
-    int taps = h->state == STATE_LAYERS ? get_list(&r, "layers", trunk->taps, 8, t->layers - 1) : h->state == STATE_BEFORE;
-    if (h->state == STATE_BEFORE)
-        trunk->taps[0] = t->layers - 1;
-    if (r.failed)
-        return -1;
-    if (h->state == STATE_LAYERS && !taps)
-        return fail(error, "draft head %d is fed with layers, but draft.%d.layers names none", number, number);
-    if (number && (h->kind != trunk->heads->kind || h->state != trunk->heads->state || h->state == STATE_LAYERS))
-        return fail(error, "draft head %d differs from the first one in its kind, or in the states of the trunk that it wants", number);
-    trunk->n_taps = taps;
-    x->state = t->dim * (taps ? taps : 1);
-    x->embedding = trunk->embedding;
-    x->embedding_scale = t->embedding_scale;
-    x->zero_first = (int)get_integer(&r, "zero_first", 0, 1, 0);
-    x->residual_normed = get_word(&r, "residual", (const char *const[]){ "state", "normed", NULL });
     m->kernels = trunk->kernels;
     m->layers = calloc((size_t)c->layers + 1, sizeof *m->layers);
     m->rope = calloc((size_t)c->rope_dims / 2 + 1, sizeof *m->rope);
@@ -1223,64 +1299,19 @@ static int head_read(struct run_model *trunk, struct container *file, int number
     if (c->dim != t->dim && (!fused || norm == 1))
         return fail(error, "draft head %d is %d wide, its trunk %d", number, c->dim, t->dim);
     if (h->kind == SERIAL) {
-        int64_t q = ((int64_t)c->heads * c->hd) << c->gated, kv = (int64_t)c->kv * c->hd;
         m->mixing = x;
-        x->e_norm = get_vector(&r, "e_norm.weight", t->dim, 0);
-        x->h_norm = get_vector(&r, "h_norm.weight", fused ? c->dim : x->state, fused);
-        x->bias = get_vector(&r, "proj.bias", c->dim, 0);
-        if (fused) {
-            x->fuse = get_matrix(&r, "fuse.weight", c->dim, x->state);
-            x->q_e = get_matrix(&r, "blk.0.attn_q_e.weight", q, t->dim);
-            x->k_e = get_matrix(&r, "blk.0.attn_k_e.weight", kv, t->dim);
-            x->v_e = get_matrix(&r, "blk.0.attn_v_e.weight", kv, t->dim);
-        } else {
-            x->e_proj = get_matrix(&r, "e_proj.weight", c->dim, t->dim);
-            x->h_proj = get_matrix(&r, "h_proj.weight", c->dim, x->state);
-        }
-    } else if (h->state == STATE_LAYERS) {
-        return fail(error, "draft head %d cannot be fed with several layers", number);
+        head_mixing(t, &r, h, fused);
     }
-    if (h->kind == MEDUSA)
+    if (h->kind == MEDUSA) {
         c->layers = 0;
-    else
+        head_residuals(&r, m);
+    } else {
         read_layer(&r, c, 0, &m->layers[0]);
+    }
     if (fused && !x->residual_normed)
         m->layers[0].attn_norm = x->h_norm; /* the residual is the state, what attention reads is normalised */
-    for (char name[40]; h->kind == MEDUSA && m->n_residuals < 16; m->n_residuals++) {
-        struct residual *a = &m->residuals[m->n_residuals];
-        snprintf(name, sizeof name, "res.%d.weight", m->n_residuals);
-        if (r.failed || !get_tensor(&r, name))
-            break;
-        a->w = get_matrix(&r, name, c->dim, c->dim);
-        snprintf(name, sizeof name, "res.%d.bias", m->n_residuals);
-        a->bias = get_vector(&r, name, c->dim, 0);
-    }
     m->output_norm = norm == 0 ? get_vector(&r, "output_norm.weight", c->dim, 1) : norm == 1 ? trunk->output_norm : no_norm;
-    if (get_tensor(&r, "output.weight"))
-        m->output = get_matrix(&r, "output.weight", c->vocab, c->dim);
-    else if (c->dim == t->dim)
-        m->output = trunk->output;      /* all of it, or the rows that are named below */
-    else
-        return r.failed ? -1 : fail(error, "draft head %d has no output matrix, and the trunk's does not fit", number);
-    struct tensor *rows = get_tensor(&r, "rows");
-    if (r.failed)
-        return -1;
-    if (rows && (strcmp(rows->dtype, "I32") || rows->n_dims != 1 || rows->shape[0] != c->vocab))
-        return fail(error, "tensor %s should be I32 [%d]", rows->name, c->vocab);
-    h->rows = rows ? (const int32_t *)(const void *)rows->data : NULL;
-    for (int i = 0; rows && i < c->vocab; i++)
-        if (h->rows[i] < 0 || h->rows[i] >= t->vocab)
-            return fail(error, "tensor %s names token %d of %d", rows->name, h->rows[i], t->vocab);
-    if (rows)
-        rows->used = 1;
-    else if (c->vocab != t->vocab)
-        return fail(error, "draft head %d has %d output rows, but does not say whose", number, c->vocab);
-    if (rows && m->output.data == trunk->output.data) {
-        if (!(h->gathered = calloc(1, matrix_bytes(m->output.type, c->vocab, c->dim))))
-            return fail(error, "out of memory for the output rows of draft head %d", number);
-        m->output = gather_rows(&trunk->output, h->rows, c->vocab, h->gathered);
-    }
-    if (rope_read(m, &r))
+    if (head_output(trunk, &r, number, h) || rope_read(m, &r))
         return -1;
     measure_weights(m);
     const struct matrix *more[] = { &x->e_proj, &x->h_proj, &x->fuse, &x->q_e, &x->k_e, &x->v_e };
