@@ -7613,12 +7613,99 @@ static double count_parameters(const run_model *m)
 }
 
 /* Everything the file says, even if it cannot be run. */
+static void add_metadata(struct text *t, const struct options *o, const struct container *c)
+{
+    for (int i = 0, comma = 0; i < c->n_entries; i++) {
+        const struct entry *e = &c->entries[i];
+        if (!strncmp(e->key, "packed.", 7) || !strncmp(e->key, "ggml.", 5) || !strncmp(e->key, "crc32.", 6))
+            continue;
+        if (o->json)
+            text_add(t, ",", comma++ > 0);
+        else
+            text_print(t, "  ");
+        text_json(t, e->key, strlen(e->key));
+        text_print(t, o->json ? ":" : " ");
+        text_json(t, e->value, strlen(e->value));
+        if (!o->json)
+            text_print(t, "\n");
+    }
+}
+
+/* The tensors of a file; `used`: a model was made of it, so that those nobody asked for are unknown. */
+static void add_tensors(struct text *t, const struct options *o, const struct container *file, int used)
+{
+    run_error none;
+    char word[24];
+    for (int i = 0, comma = 0; i < file->n_tensors; i++) {
+        const struct tensor *x = &file->tensors[i];
+        struct matrix shape = { 0 };
+        if (is_pad(x->name))
+            continue;
+        if (o->json) {
+            text_print(t, "%s{\"name\":", comma++ ? "," : "");
+            text_json(t, x->name, strlen(x->name));
+            text_print(t, ",\"type\":\"%s\",\"shape\":[", tensor_type(file, x, word));
+        } else {
+            run_error name;         /* without control characters */
+            fail(&name, "%s", x->name);
+            text_print(t, "  %-36s %-8s ", name.text, tensor_type(file, x, word));
+        }
+        if (is_weight(x, file) && matrix_describe(file, x, &shape, &none) == 0)
+            text_print(t, o->json ? "%d,%d" : "%d x %d", shape.rows, shape.cols);
+        else
+            for (int k = 0; k < x->n_dims; k++)
+                text_print(t, o->json ? "%s%lld" : "%.0s%lld ", k ? "," : "", (long long)x->shape[k]);
+        text_print(t, o->json ? "],\"bytes\":%zu,\"known\":%s}" : "  %zu bytes%s\n", x->size,
+                   !o->json ? x->used || !used ? "" : "  UNKNOWN: nothing uses it" : x->used ? "true" : "false");
+    }
+}
+
+static void add_heads(struct text *t, const struct options *o, const run_model *m)
+{
+    for (int i = 0; i < m->n_heads; i++) {
+        const struct head *h = &m->heads[i];
+        const struct matrix *x[] = { &h->mixing.e_proj, &h->mixing.h_proj, &h->mixing.fuse };
+        size_t bytes = h->model.weight_bytes;
+        for (int k = 0; k < 3; k++)
+            bytes += x[k]->rows ? matrix_bytes(x[k]->type, x[k]->rows, x[k]->cols) : 0;
+        text_print(t, o->json ? "%s{\"kind\":\"%s\",\"rows\":%d,\"bytes\":%zu,\"acceptance\":[" :
+                   "%.0sdraft head    %s, %d output rows, %zu bytes a proposal", i ? "," : "", head_kinds[h->kind],
+                   h->model.config.vocab, bytes);
+        for (const char *a = h->acceptance ? h->acceptance : ""; *a; a += strcspn(a, " ") + (a[strcspn(a, " ")] == ' '))
+            text_print(t, o->json ? "%s%.*s" : "%s%.*s", a == h->acceptance ? o->json ? "" : "; acceptance when made " : o->json ? "," : " ",
+                       (int)strcspn(a, " "), a);
+        text_print(t, o->json ? "]}" : "\n");
+    }
+}
+
+/* What the model is, and what runs it here. */
+static void add_facts(struct text *t, const struct options *o, const run_model *m, const run_session *s)
+{
+    const struct kernels *list[4];
+    int n = available_kernels(list);
+    const char *kind = m->tokenizer ? run_text(m, "tokenizer.merge") : "none";
+    text_print(t, o->json ? ",\"parameters\":%.0f" : "parameters    %.0f\n", count_parameters(m));
+    text_print(t, o->json ? ",\"bytes_per_token\":%zu" : "bytes/token   %zu read of the weights\n", m->weight_bytes);
+    text_print(t, o->json ? ",\"cache_bytes_per_token\":%zu" : "cache         %zu bytes a token\n",
+               (size_t)m->config.layers * (size_t)(m->config.kv * m->config.hd) * 2 * (o->kv_f32 ? 4 : 2));
+    text_print(t, o->json ? ",\"tokenizer\":\"%s\"" : "tokenizer     %s\n", kind ? kind : "rank");
+    text_print(t, o->json ? ",\"chat\":%s" : "chat format   %s\n",
+               run_text(m, "chat.user.before") ? o->json ? "true" : "yes" : o->json ? "false" : "none");
+    text_print(t, o->json ? ",\"heads\":[" : m->n_heads ? "" : "draft heads   none\n");
+    add_heads(t, o, m);
+    text_print(t, o->json ? "]" : "%s", "");
+    text_print(t, o->json ? ",\"isa\":\"%s\",\"isas\":[" : "instructions  %s, of", m->kernels->name);
+    for (int i = 0; i < n; i++)
+        text_print(t, o->json ? "%s\"%s\"" : "%.0s %s", i ? "," : "", list[i]->name);
+    text_print(t, o->json ? "],\"threads\":%d" : "\nthreads       %d\n", s ? s->pass->team->size : 0);
+}
+
 static int mode_info(const struct options *o, run_error *error)
 {
     struct container c;
     struct text t = { 0 };
     run_error why;
-    char digits[17] = "", word[24];
+    char digits[17] = "";
     if (container_open(&c, o->model, error))
         return failure(error);
     if (o->verify && verify(&c, error)) {
@@ -7636,77 +7723,12 @@ static int mode_info(const struct options *o, run_error *error)
     else
         text_add(&t, o->model, strlen(o->model));
     text_print(&t, o->json ? ",\"bytes\":%zu,\"metadata\":{" : "\nbytes         %zu\n", c.size);
-    for (int i = 0, comma = 0; i < c.n_entries; i++) {
-        const struct entry *e = &c.entries[i];
-        if (!strncmp(e->key, "packed.", 7) || !strncmp(e->key, "ggml.", 5) || !strncmp(e->key, "crc32.", 6))
-            continue;
-        if (o->json)
-            text_add(&t, ",", comma++ > 0);
-        else
-            text_print(&t, "  ");
-        text_json(&t, e->key, strlen(e->key));
-        text_print(&t, o->json ? ":" : " ");
-        text_json(&t, e->value, strlen(e->value));
-        if (!o->json)
-            text_print(&t, "\n");
-    }
+    add_metadata(&t, o, &c);
     text_print(&t, o->json ? "},\"tensors\":[" : "tensors       %d\n", c.n_tensors);
-    for (int i = 0, comma = 0; i < c.n_tensors; i++) {
-        const struct tensor *x = &file->tensors[i];
-        struct matrix shape = { 0 };
-        if (is_pad(x->name))
-            continue;
-        if (o->json) {
-            text_print(&t, "%s{\"name\":", comma++ ? "," : "");
-            text_json(&t, x->name, strlen(x->name));
-            text_print(&t, ",\"type\":\"%s\",\"shape\":[", tensor_type(file, x, word));
-        } else {
-            run_error name;         /* without control characters */
-            fail(&name, "%s", x->name);
-            text_print(&t, "  %-36s %-8s ", name.text, tensor_type(file, x, word));
-        }
-        if (is_weight(x, file) && matrix_describe(file, x, &shape, error) == 0)
-            text_print(&t, o->json ? "%d,%d" : "%d x %d", shape.rows, shape.cols);
-        else
-            for (int k = 0; k < x->n_dims; k++)
-                text_print(&t, o->json ? "%s%lld" : "%.0s%lld ", k ? "," : "", (long long)x->shape[k]);
-        text_print(&t, o->json ? "],\"bytes\":%zu,\"known\":%s}" : "  %zu bytes%s\n", x->size,
-                   !o->json ? x->used || !m ? "" : "  UNKNOWN: nothing uses it" : x->used ? "true" : "false");
-    }
-    if (o->json)
-        text_print(&t, "]");
-    if (m) {
-        const struct kernels *list[4];
-        int n = available_kernels(list);
-        const char *kind = m->tokenizer ? run_text(m, "tokenizer.merge") : "none";
-        text_print(&t, o->json ? ",\"parameters\":%.0f" : "parameters    %.0f\n", count_parameters(m));
-        text_print(&t, o->json ? ",\"bytes_per_token\":%zu" : "bytes/token   %zu read of the weights\n", m->weight_bytes);
-        text_print(&t, o->json ? ",\"cache_bytes_per_token\":%zu" : "cache         %zu bytes a token\n",
-                   (size_t)m->config.layers * (size_t)(m->config.kv * m->config.hd) * 2 * (o->kv_f32 ? 4 : 2));
-        text_print(&t, o->json ? ",\"tokenizer\":\"%s\"" : "tokenizer     %s\n", kind ? kind : "rank");
-        text_print(&t, o->json ? ",\"chat\":%s" : "chat format   %s\n",
-                   run_text(m, "chat.user.before") ? o->json ? "true" : "yes" : o->json ? "false" : "none");
-        text_print(&t, o->json ? ",\"heads\":[" : m->n_heads ? "" : "draft heads   none\n");
-        for (int i = 0; i < m->n_heads; i++) {
-            const struct head *h = &m->heads[i];
-            const struct matrix *x[] = { &h->mixing.e_proj, &h->mixing.h_proj, &h->mixing.fuse };
-            size_t bytes = h->model.weight_bytes;
-            for (int k = 0; k < 3; k++)
-                bytes += x[k]->rows ? matrix_bytes(x[k]->type, x[k]->rows, x[k]->cols) : 0;
-            text_print(&t, o->json ? "%s{\"kind\":\"%s\",\"rows\":%d,\"bytes\":%zu,\"acceptance\":[" :
-                       "%.0sdraft head    %s, %d output rows, %zu bytes a proposal", i ? "," : "", head_kinds[h->kind],
-                       h->model.config.vocab, bytes);
-            for (const char *a = h->acceptance ? h->acceptance : ""; *a; a += strcspn(a, " ") + (a[strcspn(a, " ")] == ' '))
-                text_print(&t, o->json ? "%s%.*s" : "%s%.*s", a == h->acceptance ? o->json ? "" : "; acceptance when made " : o->json ? "," : " ",
-                           (int)strcspn(a, " "), a);
-            text_print(&t, o->json ? "]}" : "\n");
-        }
-        text_print(&t, o->json ? "]" : "%s", "");
-        text_print(&t, o->json ? ",\"isa\":\"%s\",\"isas\":[" : "instructions  %s, of", m->kernels->name);
-        for (int i = 0; i < n; i++)
-            text_print(&t, o->json ? "%s\"%s\"" : "%.0s %s", i ? "," : "", list[i]->name);
-        text_print(&t, o->json ? "],\"threads\":%d" : "\nthreads       %d\n", s ? s->pass->team->size : 0);
-    }
+    add_tensors(&t, o, file, m != NULL);
+    text_print(&t, o->json ? "]" : "%s", "");
+    if (m)
+        add_facts(&t, o, m, s);
     text_print(&t, o->json ? ",\"fingerprint\":\"%s\"}\n" : "fingerprint   %s\n", digits);
     int failed = print_text(&t, error);
     run_session_close(s);
