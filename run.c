@@ -569,7 +569,7 @@ static int container_parse(struct container *c, run_error *error)
         return fail(error, "this is a GGUF file; convert it with: python3 export.py FILE -o model.bin");
     if (length > c->size - 8 && length <= 100000000 && c->size > 8 && c->map[8] == '{')
         return fail(error, "the file is cut short: it has %zu bytes, but its header alone should have %llu", c->size,
-                    (unsigned long long)length);
+                    (unsigned long long)length + 8);
     if (length > 100000000 || length > c->size - 8 || length < 2 || c->map[8] != '{')
         return fail(error, "this is not a model file (no safetensors header); "
                     "export.py makes one from llama2.c, GGUF and Hugging Face models");
@@ -1366,6 +1366,12 @@ static uint32_t crc32_of(uint32_t crc, const unsigned char *data, size_t n)
     return ~crc;
 }
 
+static int is_heads(const struct container *file)
+{
+    const char *version = find_text(file, "run.c");
+    return version && !strcmp(version, "heads 1");
+}
+
 int run_attach_heads(run_model *m, const char *path, run_error *error)
 {
     struct container file;
@@ -1373,13 +1379,13 @@ int run_attach_heads(run_model *m, const char *path, run_error *error)
     char digits[9];
     if (container_open(&file, path, error))
         return -1;
-    const char *version = find_text(&file, "run.c"), *trunk = find_text(&file, "draft.trunk");
+    const char *trunk = find_text(&file, "draft.trunk");
     snprintf(digits, sizeof digits, "%08x", (unsigned)crc32_of(0, (const unsigned char *)m->output_norm,
                                                                (size_t)m->config.dim * sizeof(float)));
     heads_close(m);
     container_close(&m->head_file);
     m->head_file = (struct container){ 0 };
-    int failed = !version || strcmp(version, "heads 1") ? fail(&inner, "this is not a file of draft heads") :
+    int failed = !is_heads(&file) ? fail(&inner, "this is not a file of draft heads") :
                  !trunk || strcmp(trunk, digits) ? fail(&inner, "these draft heads were made for another model") :
                  heads_read(m, &file, &inner) || (!m->n_heads && fail(&inner, "it holds no draft heads"));
     if (failed) {
@@ -1399,7 +1405,7 @@ static int model_read(struct run_model *m, run_error *error)
     if (!version)
         return fail(error, "this safetensors file is not a run.c model (its metadata lacks run.c = 1); "
                     "convert it with: python3 export.py FOLDER -o model.bin");
-    if (!strcmp(version, "heads 1"))
+    if (is_heads(&m->file))
         return fail(error, "this file holds draft heads; give it with --draft to the model that they are for");
     if (strcmp(version, "1"))
         return fail(error, "this file has format version \"%.20s\"; this run.c reads version 1", version);
@@ -1704,7 +1710,7 @@ struct query {
     int first, end;                 /* visible positions inside the block, 0 to 64 */
 };
 
-enum { QUERIES = 4, TILE = 16 };    /* queries, rows that a kernel takes at once */
+enum { QUERIES = 6, TILE = 16 };    /* queries, rows that a kernel takes at once */
 
 /* The table of kernels: filled for every instruction set in == SPEED. */
 struct kernels {
@@ -2895,6 +2901,7 @@ static void attend(struct pass *p, int me, int layer, int head, int first, int e
     const run_session *s = p->rows[first].session;
     struct query *queries = p->threads[me].queries;
     int hd = c->hd, group = c->heads / c->kv, window = p->model->layers[layer].window, n = (end - first) * group;
+    int calls = (n + QUERIES - 1) / QUERIES, most = (n + calls - 1) / calls; /* queries at once, evenly */
     int low = INT_MAX, high = 0;
     for (int i = 0; i < n; i++) {
         size_t at = ((size_t)(first + i / group) * (size_t)(c->heads * hd) + (size_t)((head * group + i % group) * hd)) << c->gated;
@@ -2917,7 +2924,7 @@ static void attend(struct pass *p, int me, int layer, int head, int first, int e
                 queries[i].end = position < BLOCK ? position + 1 : BLOCK;
                 sees = queries[i].first < queries[i].end;
             }
-            if (ready == QUERIES || (ready && !sees)) {
+            if (ready == most || (ready && !sees)) {
                 p->model->kernels->attend[s->cache_f32](queries + i - ready, ready, keys, values, hd,
                                                         c->attention_scale, c->attention_cap);
                 ready = 0;
@@ -3133,7 +3140,7 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     p->wanted = p->n_tiles = p->observed = p->kept = 0;
     p->bad = 0;
     int pieces = p->model->config.kv * ((n + TILE - 1) / TILE), tile = TILE;
-    if (n >= TILE / 2 && pieces < 4 * p->team->usable && pieces % p->team->usable)
+    if (n > 1 && pieces < 4 * p->team->usable && pieces % p->team->usable)
         tile = (n < TILE ? n + 1 : TILE) / 2;   /* few pieces of attention would not come out even */
     memcpy(p->rows, rows, (size_t)n * sizeof *rows);
     for (int r = 0; r < n; r++) {
@@ -5770,8 +5777,8 @@ INLINE void SET(accumulate)(vf s[FLOAT_TOKENS][4], const unsigned char *const li
 }
 
 /* rows (1 or 4) times n tokens: sixteen partial sums each, in PARTS vectors. Several tokens have
-   registers for one part at a time. [N3] */
-INLINE void SET(dots)(float *tile, const unsigned char *w, int cols, int last, const float *x, size_t stride, const int rows,
+   registers for one part at a time. at_end: nothing of the matrix lies behind these rows. [N3] */
+INLINE void SET(dots)(float *tile, const unsigned char *w, int cols, int at_end, const float *x, size_t stride, const int rows,
                       const int n, const enum type type)
 {
     const int size = type == F32 ? 4 : 2, together = n > 1 ? 1 : PARTS;
@@ -5782,8 +5789,10 @@ INLINE void SET(dots)(float *tile, const unsigned char *w, int cols, int last, c
     for (int i = 0; i < rows; i++) {
         lines[i] = w + (size_t)i * (size_t)cols * (size_t)size;
         ends[i] = lines[i] + (size_t)whole * (size_t)size;
-        if (whole < cols && (last || !whole))   /* sixteen columns from there would go beyond the matrix */
+        if (whole < cols && (at_end || !whole)) { /* sixteen columns from there may go beyond the matrix */
+            memset(copies[i], 0, sizeof copies[i]);
             ends[i] = memcpy(copies[i], ends[i], (size_t)((cols - whole) * size));
+        }
     }
     for (int first = 0; first < PARTS; first += together) {
         vf s[PARTS][FLOAT_TOKENS][4];
@@ -5824,14 +5833,14 @@ INLINE void SET(floating)(float *tile, const struct matrix *m, int strip, const 
     for (int i = 0; i < rows;) {
         const unsigned char *w = m->data + (size_t)(strip * STRIP + i) * line;
         const float *from = x->x + (size_t)r0 * stride;
-        int step = rows - i >= 4 ? 4 : 1, last = strip * STRIP + i + step == m->rows, r = 0;
+        int step = rows - i >= 4 ? 4 : 1, at_end = strip * STRIP + i + step == m->rows, r = 0;
         for (; step == 4 && r + FLOAT_TOKENS <= n; r += FLOAT_TOKENS)
-            SET(dots)(tile + r * STRIP + i, w, cols, last, from + (size_t)r * stride, stride, 4, FLOAT_TOKENS, type);
+            SET(dots)(tile + r * STRIP + i, w, cols, at_end, from + (size_t)r * stride, stride, 4, FLOAT_TOKENS, type);
         for (; r < n; r++)
             if (step == 4)
-                SET(dots)(tile + r * STRIP + i, w, cols, last, from + (size_t)r * stride, stride, 4, 1, type);
+                SET(dots)(tile + r * STRIP + i, w, cols, at_end, from + (size_t)r * stride, stride, 4, 1, type);
             else
-                SET(dots)(tile + r * STRIP + i, w, cols, last, from + (size_t)r * stride, stride, 1, 1, type);
+                SET(dots)(tile + r * STRIP + i, w, cols, at_end, from + (size_t)r * stride, stride, 1, 1, type);
         i += step;
     }
 }
@@ -5873,11 +5882,12 @@ INLINE void SET(weigh)(float out[QUERIES][1024], const struct query *queries, co
     }
     for (int i = inner; i < outer; i++) {
         __builtin_prefetch((const char *)values + (value_at(i, d, hd) + (size_t)(BLOCK * hd)) * (f32 ? 4 : 2));
-        for (int v = 0; v < vectors; v++) {
-            vf value = SET(load)(values, value_at(i, d + v * LANES, hd), f32);
-            for (int j = 0; j < n; j++)
-                acc[j][v] = SET(fma_v)(SET(all)(s[j][i]), value, acc[j][v]);
-        }
+        vf value[ABREAST];
+        for (int v = 0; v < vectors; v++)
+            value[v] = SET(load)(values, value_at(i, d + v * LANES, hd), f32);
+        for (int j = 0; j < n; j++)
+            for (int v = 0; v < vectors; v++)
+                acc[j][v] = SET(fma_v)(SET(all)(s[j][i]), value[v], acc[j][v]);
     }
     for (int j = 0; j < n; j++) {
         for (int i = outer > queries[j].first ? outer : queries[j].first; i < queries[j].end; i++)
@@ -5905,11 +5915,12 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
                 acc[j][part] = (vf){ 0 };
         for (int d = 0; d < hd; d++) {
             __builtin_prefetch((const char *)keys + (key_at(i, d, hd) + (size_t)(BLOCK * hd)) * (f32 ? 4 : 2));
-            for (int part = 0; part < PARTS; part++) {
-                vf key = SET(load)(keys, key_at(i, d, hd) + (size_t)(part * LANES), f32);
-                for (int j = 0; j < n; j++)
-                    acc[j][part] = SET(fma_v)(SET(all)(queries[j].q[d]), key, acc[j][part]);
-            }
+            vf key[PARTS];
+            for (int part = 0; part < PARTS; part++)
+                key[part] = SET(load)(keys, key_at(i, d, hd) + (size_t)(part * LANES), f32);
+            for (int j = 0; j < n; j++)
+                for (int part = 0; part < PARTS; part++)
+                    acc[j][part] = SET(fma_v)(SET(all)(queries[j].q[d]), key[part], acc[j][part]);
         }
         for (int j = 0; j < n; j++)
             for (int part = 0; part < PARTS; part++)
@@ -5945,7 +5956,9 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
         case 1: SET(attend_some)(q, 1, k, v, hd, scale, cap, f32); break;                                     \
         case 2: SET(attend_some)(q, 2, k, v, hd, scale, cap, f32); break;                                     \
         case 3: SET(attend_some)(q, 3, k, v, hd, scale, cap, f32); break;                                     \
-        default: SET(attend_some)(q, 4, k, v, hd, scale, cap, f32); break;                                    \
+        case 4: SET(attend_some)(q, 4, k, v, hd, scale, cap, f32); break;                                     \
+        case 5: SET(attend_some)(q, 5, k, v, hd, scale, cap, f32); break;                                     \
+        default: SET(attend_some)(q, 6, k, v, hd, scale, cap, f32); break;                                    \
         }                                                                                                     \
     }
 ATTEND(attend_f16, 0)
@@ -6011,7 +6024,6 @@ TARGET_END
 #elif !defined RUN_DECLARATIONS
 
 #define PREFETCH (24 * 576) /* bytes ahead: far enough for memory, near enough to stay in the first cache */
-
 
 #ifdef __x86_64__
 #define VECTOR_REGISTER "v" /* as inline assembly calls it */
@@ -6237,8 +6249,8 @@ static int failure(const run_error *error)
 static const char *const mode_names[] = { "generate", "chat", "perplexity", "tokenize", "info", "bench", "quantize", NULL };
 static const char *const target_names[] = { "auto", "f32", "f16", "bf16", "q4", "q4a", "q6", "q8", NULL };
 static const char *const cache_names[] = { "f16", "f32", NULL }, *const draft_names[] = { "auto", "off", "lookup", "heads", NULL };
-static const char *const compare_names[] = { "nothing", "context", "isa", "threads", NULL };
-enum { BY_CONTEXT = 1, BY_ISA, BY_THREADS };
+static const char *const compare_names[] = { "context", "isa", "threads", NULL };
+enum { NOT = -1, BY_CONTEXT, BY_ISA, BY_THREADS };
 
 /* Every option but -h and --stop: where its value goes, and what values there are. */
 static const struct option {
@@ -6316,7 +6328,7 @@ static void set_option(struct options *o, const struct option *option, const cha
 
 static struct options parse_options(int n, char **words)
 {
-    struct options o = { .mode = -1, .tokens = -1, .logprobs = -1, .draft_max = RUN_DRAFT_MOST };
+    struct options o = { .mode = -1, .tokens = -1, .logprobs = -1, .draft_max = RUN_DRAFT_MOST, .compare = NOT };
     o.sampling = (run_sampling){ .temperature = 0.8f, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1, .top_k = 40 };
     for (int i = 1; i < n; i++) {
         if (!strcmp(words[i], "-h") || !strcmp(words[i], "--help")) {
@@ -6744,6 +6756,9 @@ static int answer(struct output *o, const int *ids, int n, int max_tokens, run_r
 
 static double rate(int n, double time) { return n > 0 && time > 0 ? n / time : 0; }
 
+/* A pass gives one token by itself; each guess that stood is another. */
+static double tokens_per_pass(const run_result *r) { return r->passes ? 1 + (double)r->accepted / r->passes : 0; }
+
 /* Of the speed: how much drafting added, by the estimate of what passes of one token each would take. */
 static double net_gain(const run_result *r)
 {
@@ -6755,14 +6770,14 @@ static void print_statistics(const struct output *o, const run_result *r)
     fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s", o->prompt_tokens,
             rate(o->prompt_tokens, o->prompt_seconds), r->tokens, rate(r->tokens, o->seconds));
     if (r->drafted)
-        fprintf(stderr, "; drafted: %d of %d guesses right, %.2f tokens a pass", r->accepted, r->drafted, rate(r->tokens, r->passes));
+        fprintf(stderr, "; drafted: %d of %d guesses right, %.2f tokens a pass", r->accepted, r->drafted, tokens_per_pass(r));
     if (r->drafted && r->tokens >= 64)  /* an estimate: of fewer tokens it would be noise */
         fprintf(stderr, ", speed about %+.0f %%", 100 * net_gain(r));
     if (!r->drafted && o->options && o->options->draft != RUN_DRAFT_OFF && r->tokens > 16)
         fprintf(stderr, "; no guesses, as they would not pay");
     if (o->options && o->options->sampling.temperature > 0)
         fprintf(stderr, "; seed %llu", (unsigned long long)o->options->sampling.seed);
-    fprintf(stderr, "\n");
+    fprintf(stderr, r->stop == RUN_CANCELLED ? "; interrupted\n" : "\n");
 }
 
 /* Prints what was put together, and frees it. */
@@ -6790,7 +6805,7 @@ static void print_drafting(struct text *t, const run_result *r)
 {
     int deepest = RUN_DRAFT_MOST;
     text_print(t, ",\"tokens_per_pass\":%.4g,\"draft_s\":%.6g,\"verify_s\":%.6g,\"tok_s_without\":%.6g,\"drafters\":{",
-               rate(r->tokens, r->passes), r->draft_seconds, r->verify_seconds, rate(r->tokens, r->seconds * (1 + net_gain(r))));
+               tokens_per_pass(r), r->draft_seconds, r->verify_seconds, rate(r->tokens, r->seconds * (1 + net_gain(r))));
     for (int i = 0, n = 0; i < RUN_DRAFTERS; i++)
         if (r->drafted_by[i])
             text_print(t, "%s\"%s\":[%d,%d]", n++ ? "," : "", drafter_names[i], r->accepted_by[i], r->drafted_by[i]);
@@ -7127,10 +7142,11 @@ static int read_request(struct request *q, const char *line, size_t n, int numbe
     char *strings = malloc(n + 1), *prompt = NULL;
     const char *reserved = NULL;
     struct scanner s = { line, line + n, strings };
-    int good = strings && take(&s, '{');
+    int utf8 = 1;
+    for (size_t i = 0, length; i < n && utf8; i += length)
+        utf8 = (length = (size_t)utf8_length((const unsigned char *)line + i, n - i)) > 0;
+    int good = utf8 && strings && take(&s, '{');
     const char *first = s.at;
-    for (size_t i = 0, length; i < n && good; i += length)
-        good = (length = (size_t)utf8_length((const unsigned char *)line + i, n - i)) > 0;
     for (int more = 1; good && more; more = take(&s, ',')) {
         char *key = take_string(&s);
         if (!(good = key && take(&s, ':')))
@@ -7160,8 +7176,9 @@ static int read_request(struct request *q, const char *line, size_t n, int numbe
             memcpy(q->line, first, (size_t)(end - first)), q->line[end - first] = '\0';
     }
     free(strings);
-    return good && reserved ? fail(error, "line %d has a member \"%s\", as the results have: name it otherwise", number, reserved) :
-           !good ? fail(error, "line %d is not an object like {\"prompt\":\"...\",\"chat\":true} (in UTF-8, without \\u0000)", number) : 0;
+    return !utf8 ? fail(error, "line %d is not valid UTF-8", number) :
+           !good ? fail(error, "line %d is not an object like {\"prompt\":\"...\",\"chat\":true} (without \\u0000)", number) :
+           reserved ? fail(error, "line %d has a member \"%s\", as the results have: name it otherwise", number, reserved) : 0;
 }
 
 struct batch {
@@ -7468,9 +7485,9 @@ static int mode_perplexity(const struct options *o, run_session *s, run_error *e
     int failed = n < 0 ? -1 : 0, scored = 0;
     double nll = 0;
     if (!failed && n + bos < 2)
-        failed = fail(error, "perplexity needs a text of at least two tokens (-f FILE)");
-    if (!failed && window < 2 + bos)
-        failed = fail(error, "perplexity needs a context of at least %d", 2 + bos);
+        failed = fail(error, "perplexity needs a text of at least %s (-f FILE)", bos ? "one token" : "two tokens");
+    if (!failed && window < 2)
+        failed = fail(error, "perplexity needs a context of at least 2");
     for (int at = 0, inputs; at < n && !failed; at += inputs - bos) {
         int row[LOGIT_ROWS];
         inputs = n - at + bos < window ? n - at + bos : window;
@@ -7655,8 +7672,9 @@ static void add_tensors(struct text *t, const struct options *o, const struct co
         else
             for (int k = 0; k < x->n_dims; k++)
                 text_print(t, o->json ? "%s%lld" : "%.0s%lld ", k ? "," : "", (long long)x->shape[k]);
+        int known = x->used || !used;
         text_print(t, o->json ? "],\"bytes\":%zu,\"known\":%s}" : "  %zu bytes%s\n", x->size,
-                   !o->json ? x->used || !used ? "" : "  UNKNOWN: nothing uses it" : x->used ? "true" : "false");
+                   o->json ? known ? "true" : "false" : known ? "" : "  UNKNOWN: nothing uses it");
     }
 }
 
@@ -7729,13 +7747,14 @@ static int mode_info(const struct options *o, run_error *error)
     text_print(&t, o->json ? "]" : "%s", "");
     if (m)
         add_facts(&t, o, m, s);
-    text_print(&t, o->json ? ",\"fingerprint\":\"%s\"}\n" : "fingerprint   %s\n", digits);
-    int failed = print_text(&t, error);
+    text_print(&t, o->json ? ",\"fingerprint\":\"%s\"}\n" : unrun ? "" : "fingerprint   %s\n", digits);
+    int status = print_text(&t, error) ? failure(error) : finish_output();
+    if (unrun && failure(&why))
+        status = is_heads(&c) ? status : 1;
     run_session_close(s);
     run_close(m);
     container_close(&c);
-    int status = failed ? failure(error) : finish_output();
-    return unrun ? failure(&why) : status;
+    return status;
 }
 
 /* -- bench -- */
@@ -8147,7 +8166,7 @@ static int mode_bench(const struct options *o, run_session *s, run_error *error)
         struct text prompt = { 0 };
         failed = ((o->prompt || o->prompt_file) && read_prompt(o, &prompt, error)) || bench_drafting(o, s, &prompt, &t, error);
         free(prompt.data);
-    } else if (o->compare) {
+    } else if (o->compare != NOT) {
         failed = compare(o, s, &t, error);
     } else { /* the start comes first: what has been touched cannot be forgotten */
         failed = time_start(o, 1, &f.cold, error) || time_start(o, 0, &f.warm, error) || measure(s, &f, error);
@@ -8296,7 +8315,7 @@ static void check_options(const struct options *o, enum mode mode)
         { o->type, mode == QUANTIZE, "--type", "quantize" },
         { o->bits > 0, mode == QUANTIZE, "--bits", "quantize" },
         { o->verify, mode == INFO, "--verify", "info" },
-        { o->compare, mode == BENCH, "--compare", "bench" },
+        { o->compare != NOT, mode == BENCH, "--compare", "bench" },
         { o->no_echo, mode == GENERATE, "--no-echo", "generate" },
         { o->n_stops, mode == GENERATE || mode == CHAT, "--stop", "generate and chat" },
     };
@@ -8305,7 +8324,7 @@ static void check_options(const struct options *o, enum mode mode)
             wrong_usage("%s is for %s, and this is %s", rules[i].name, rules[i].where, mode_names[mode]);
     if (o->logprobs >= 0 && !o->json)
         wrong_usage("--logprobs needs --json");
-    if (o->compare && o->draft_text)
+    if (o->compare != NOT && o->draft_text)
         wrong_usage("bench takes --compare or --draft, not both");
     size_t n = o->prompt_file ? strlen(o->prompt_file) : 0;
     if (n > 6 && !strcmp(o->prompt_file + n - 6, ".jsonl") && !o->json && (mode == GENERATE || mode == CHAT))

@@ -6,8 +6,9 @@
 
 FOLDER holds spec_bench_question.jsonl, HumanEval.jsonl and gsm8k_test.jsonl as their authors publish them; a Spec-Bench
 question is the first turn of a conversation. Two more kinds are made of them: "copies" asks for the beginning of an
-article word for word, "edits" for a program with another name in it (both outside of the mean). Through the chat format if the model has one, else as plain text. --settings
-are values of --draft (a file of heads too); "off" always runs, in every round beside the others, in turning order.
+article word for word, "edits" for a program with another name in it; the mean and the row "all" leave them out. Prompts go
+through the chat format if the model has one, else they are plain text. --settings are values of --draft (a file of heads
+too); "off" always runs, in every round beside the others, in turning order.
 
 Of each text the time of decoding is what a whole run takes less what the same run takes for one token (loading, prompt).
   gain             off's time over the setting's: median over the texts; in brackets the worst and the best text
@@ -27,6 +28,8 @@ import time
 
 from common import RUN
 
+REPEATING = ("copies", "edits")
+
 
 def prompts(folder, each):
     """[(kind, text)], `each` of a kind, evenly over the files."""
@@ -43,10 +46,10 @@ def prompts(folder, each):
                               (q["entry_point"], q["prompt"], q["canonical_solution"]))
     for text in list(kinds["summarization"]):
         article = text.split(":", 1)[-1].strip()
-        kinds["copies"].append("Repeat this text word for word:\n\n" + article[:article.rfind(".", 0, 700) + 1])
+        kinds["copies"].append("Repeat this text word for word:\n\n" + article[:article.rfind(".", 0, 700) + 1 or 700])
     for q in read("gsm8k_test.jsonl"):
         kinds["GSM8K"].append(q["question"])
-    return [(kind, found[i * len(found) // each]) for kind, found in kinds.items() for i in range(min(each, len(found)))]
+    return [(kind, found[i * len(found) // n]) for kind, found in kinds.items() for n in [min(each, len(found))] for i in range(n)]
 
 
 def generate(options, prompt, draft, tokens):
@@ -70,12 +73,12 @@ def repeated(ids, n=8):
 
 class Sums:
     def __init__(self):
-        self.gains, self.tokens, self.passes, self.grams, self.places = [], 0, 0, [0, 0], collections.defaultdict(lambda: [0, 0])
+        self.gains, self.accepted, self.passes, self.grams, self.places = [], 0, 0, [0, 0], collections.defaultdict(lambda: [0, 0])
 
     def row(self):
         places = ["%.2f" % (a / b) if b else "-" for a, b in (self.places[i] for i in range(4))]
         return "%5.2f (%.2f-%.2f) | %.2f | %s | %.0f %%" % (
-            statistics.median(self.gains), min(self.gains), max(self.gains), self.tokens / max(1, self.passes),
+            statistics.median(self.gains), min(self.gains), max(self.gains), 1 + self.accepted / max(1, self.passes),
             " ".join(places), 100 * self.grams[0] / max(1, self.grams[1]))
 
 
@@ -93,7 +96,13 @@ def main():
     parser.add_argument("--json")
     options = parser.parse_args()
     found, different, log = collections.defaultdict(lambda: collections.defaultdict(Sums)), 0, []
-    everything = [p for p in prompts(options.prompts, options.each) if not options.kinds or p[0] in options.kinds]
+    everything = prompts(options.prompts, options.each)
+    if options.kinds:
+        unknown = set(options.kinds) - {kind for kind, _ in everything}
+        if unknown:
+            parser.error("there is no kind %s; there are %s" % (
+                ", ".join(sorted(unknown)), ", ".join(sorted({kind for kind, _ in everything}))))
+        everything = [p for p in everything if p[0] in options.kinds]
     settings = ["off"] + options.settings
     for number, (kind, prompt) in enumerate(everything):
         times, results = collections.defaultdict(list), {}
@@ -112,9 +121,9 @@ def main():
             again, grams = repeated(r["ids"])
             gain = statistics.median(times["off"]) / statistics.median(times[draft])
             log.append({"kind": kind, "draft": draft, "gain": gain, "estimate": 1 + s["net_gain"], "stats": s})
-            for sums in (found[draft][kind], found[draft]["all"]):
+            for sums in [found[draft][kind]] + [found[draft]["all"]] * (kind not in REPEATING):
                 sums.gains.append(gain)
-                sums.tokens += len(r["ids"])
+                sums.accepted += s["accepted"]
                 sums.passes += s["passes"]
                 sums.grams[0] += again
                 sums.grams[1] += grams
@@ -124,17 +133,18 @@ def main():
         if sys.stderr.isatty():
             print("\r%d of %d " % (number + 1, len(everything)), end="", file=sys.stderr)
     for draft, kinds in found.items():
-        print("\n--draft %s, temperature %g, %d texts, %d rounds\n" % (draft, options.temperature, len(kinds["all"].gains), options.rounds))
+        texts = sum(len(sums.gains) for kind, sums in kinds.items() if kind != "all")
+        print("\n--draft %s, temperature %g, %d texts, %d rounds\n" % (draft, options.temperature, texts, options.rounds))
         print("| prompts | gain | tokens a pass | at 1, 2, 3, 4 | repeated |\n|---|---|---|---|---|")
         for kind, sums in kinds.items():
             if kind != "all":
                 print("| %s | %s |" % (kind, sums.row()))
-        print("| all | %s |" % kinds["all"].row())
-        means = [statistics.median(sums.gains) for kind, sums in kinds.items() if kind not in ("all", "copies", "edits")]
-        means = means or [statistics.median(kinds["all"].gains)]
+        if kinds["all"].gains:
+            means = [statistics.median(sums.gains) for kind, sums in kinds.items() if kind not in ("all",) + REPEATING]
+            print("| all | %s |\n\nmean of the kinds %.2f, worst kind %.2f" % (
+                kinds["all"].row(), statistics.mean(means), min(means)))
         off = [abs(x["estimate"] / x["gain"] - 1) for x in log if x["draft"] == draft]
-        print("\nmean of the kinds %.2f, worst kind %.2f; the program's own estimate was off by %.0f %% (median)" % (
-            statistics.mean(means), min(means), 100 * statistics.median(off)))
+        print("\nthe program's own estimate of its gain was off by %.0f %% (median)" % (100 * statistics.median(off)))
     if options.json:
         with open(options.json, "w") as f:
             json.dump(log, f)
