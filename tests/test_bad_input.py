@@ -199,6 +199,10 @@ class Attacks(list):
     def lengths(self, size):
         for length in (0, 1, 2 ** 63, 2 ** 64 - 1, 10 ** 8 + 1, size, size - 7):
             self.add("length %d" % length, "header|cut short|aligned", length=length)
+        parts = Parts(self.base)
+        start = len(parts.bytes()) - len(parts.data)
+        self.append(("header cut by a byte", parts.bytes()[:start - 1],
+                     "has %d bytes, but its header alone should have %d" % (start - 1, start)))
         self.add("data missing", "cut short|belong", lambda p: setattr(p, "data", p.data[:-64]))
         self.add("data too long", "belong to no tensor", lambda p: setattr(p, "data", p.data + bytes(64)))
 

@@ -163,6 +163,18 @@ class Batch(unittest.TestCase):
                 self.assertEqual(without_stats(lines(f.read())), whole)
         self.assertGreater(stopped, 0)
 
+    def test_lines_that_are_no_prompts(self):
+        """The file is refused before anything is computed; the sentence names the line."""
+        path, good = os.path.join(self.folder, "bad.jsonl"), b'{"prompt":"Once"}\n'
+        for line, words in ((b'{"prompt":"\xff"}', b"line 2 is not valid UTF-8"), (b'{"prompt":"a\\u0000b"}', b"line 2 is not an object like"),
+                            (b'{"prompt":1}', b"line 2 is not an object like"), (b'["a"]', b"line 2 is not an object like"),
+                            (b'{"prompt":"a","ids":[]}', b'line 2 has a member "ids"')):
+            with open(path, "wb") as f:
+                f.write(good + line + b"\n" + good)
+            p = run([STORIES, "-f", path, "--json", "-n", "5"])
+            self.assertEqual((p.returncode, p.stdout), (1, b""), line)
+            self.assertIn(words, p.stderr)
+
     def test_results_into_a_pipe(self):
         p = subprocess.run([RUN, *self.options, "-o", "/dev/stdout"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
         self.assertEqual(without_stats(lines(p.stdout)), without_stats(self.results))

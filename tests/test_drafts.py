@@ -96,11 +96,12 @@ class Program(unittest.TestCase):
         out = json.loads(ok([STORIES, "-i", self.PROMPT, "-n", "250", "-t", "0", "--json", "--draft", "lookup"]).decode())
         stats = out["stats"]
         self.assertLessEqual(stats["passes"] + stats["accepted"], len(out["ids"]))
-        if stats["drafted"]:
-            self.assertEqual([sum(x) for x in zip(*stats["by_position"])], [stats["accepted"], stats["drafted"]])
-            self.assertEqual([sum(x) for x in zip(*stats["drafters"].values())], [stats["accepted"], stats["drafted"]])
-            self.assertAlmostEqual(stats["tokens_per_pass"], len(out["ids"]) / stats["passes"], delta=0.01)
-            self.assertGreater(stats["draft_s"], 0)
-            self.assertGreater(stats["verify_s"], stats["draft_s"])
+        self.assertGreater(stats["drafted"], 0)     # the prompt repeats itself, and there are trials even if none pays
+        self.assertEqual([sum(x) for x in zip(*stats["by_position"])], [stats["accepted"], stats["drafted"]])
+        self.assertEqual([sum(x) for x in zip(*stats["drafters"].values())], [stats["accepted"], stats["drafted"]])
+        self.assertAlmostEqual(stats["tokens_per_pass"], 1 + stats["accepted"] / stats["passes"], delta=1e-3)
+        self.assertAlmostEqual(stats["tokens_per_pass"], len(out["ids"]) / stats["passes"], delta=2 / stats["passes"])
+        self.assertGreater(stats["draft_s"], 0)
+        self.assertGreater(stats["verify_s"], stats["draft_s"])
         off = json.loads(ok([STORIES, "-i", self.PROMPT, "-n", "50", "--json", "--draft", "off"]).decode())["stats"]
         self.assertEqual((off["drafted"], off["accepted"], off["net_gain"], off["passes"]), (0, 0, 0, 49))

@@ -402,6 +402,10 @@ class Heads(Export):
         p = run([out, "-m", "info", "--verify"])
         self.assertEqual(p.returncode, 0, p.stderr)
         self.assertIn(b"match their checksums", p.stdout + p.stderr)
+        p = run([path, "-m", "info"])       # a description, though no model
+        self.assertEqual(p.returncode, 0, p.stderr)
+        self.assertIn(b"give it with --draft to the model", p.stderr)
+        self.assertNotRegex(p.stdout, b"UNKNOWN|fingerprint")
         requests = b"4 1 2 3 4 5 1\n3 7 8 9 10 0\n"
         self.assertEqual(works(["heads", out, "-", 3], stdin=requests.decode()), works(["heads", trunk, path, 3], stdin=requests.decode()))
         with open(out, "rb") as f:
