@@ -3155,7 +3155,8 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     p->last.n = p->wanted;
     p->mark = p->timed ? seconds() : 0;
     size_t bytes = p->model->weight_bytes;
-    int small = bytes < 4 << 20 && (n == 1 || bytes * (size_t)n < 2000000); /* not worth waking others for */
+    int batch = rows[0].session != rows[n - 1].session; /* a steady load, that keeps the others awake; guesses come and go */
+    int small = bytes < 4 << 20 && bytes * (size_t)n < (batch ? 2000000 : 32 << 20); /* not worth waking others for */
     team_run(p->team, small, forward, p);
     if (p->bad) {
         int layer = (p->bad - 1) / CHUNK, position = p->rows[(p->bad - 1) % CHUNK].position;
