@@ -5677,13 +5677,15 @@ INLINE void SET(take_step)(struct SET(sums) *s, const unsigned char *block, int 
     vb w[PARTS][STEP / 4];              /* [part][columns 4 i ..][row, column] */
     for (int part = 0; part < PARTS; part++)
         SET(unpack)(w[part], block, group, from, part, type);
-    if (n > 4)
-        __asm__ volatile("" ::: "memory"); /* or gcc loads all of q first and spills it */
     for (int r = 0; r < n; r++) {
         const int8_t *q = x->q + (at + (size_t)r) * GROUP + from;
         for (int part = 0; part < PARTS; part++) {
             vi sum = from ? s->of_group[r][part] : type == Q8 ? SET(begin_i8)(x->sum[at + (size_t)r]) : (vi){ 0 };
             sum = type == Q8 ? SET(more_i8)(sum, w[part], q) : type == Q6 ? SET(more_u6)(sum, w[part], q) : SET(more_u4)(sum, w[part], q);
+#ifndef __clang__
+            if (n > 1)
+                __asm__ volatile("" : "+" VECTOR_REGISTER(sum));    /* or gcc takes all products first and spills them */
+#endif
             if (from + STEP < GROUP) {
                 s->of_group[r][part] = sum;
                 continue;
@@ -7748,7 +7750,7 @@ static int mode_info(const struct options *o, run_error *error)
     text_print(&t, o->json ? "]" : "%s", "");
     if (m)
         add_facts(&t, o, m, s);
-    text_print(&t, o->json ? ",\"fingerprint\":\"%s\"}\n" : unrun ? "" : "fingerprint   %s\n", digits);
+    text_print(&t, o->json ? ",\"fingerprint\":\"%s\"}\n" : unrun ? "%.0s" : "fingerprint   %s\n", digits);
     int status = print_text(&t, error) ? failure(error) : finish_output();
     if (unrun && failure(&why))
         status = is_heads(&c) ? status : 1;
