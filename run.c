@@ -1933,30 +1933,35 @@ INLINE void rope_(float *x, const float *table, int pairs, int interleaved)
     }
 }
 
-/* Scores of a block become probabilities relative to its maximum; returns their sum. Lanes of 16
-   that the query does not see at all are left alone. [N4] */
-INLINE float softmax_(float s[64], const struct query *q, float scale, float cap, float *max)
+/* The scores of n queries for a block become probabilities relative to the largest of each; sum[j]
+   is theirs. Lanes of 16 that a query does not see at all are left alone. A step waits for the one
+   before, so all queries take it together. [N4] */
+INLINE void softmax_(float s[][64], const struct query *queries, int n, float scale, float cap, float *max, float *sum)
 {
-    int first = q->first, end = q->end, low = first / 16 * 16, high = (end + 15) / 16 * 16;
-    for (int i = low; i < high; i++)
-        s[i] *= scale;
-    for (int i = first; cap > 0 && i < end; i++)
-        s[i] = cap * tanh_(s[i] / cap);
-    for (int i = low; i < first; i++)
-        s[i] = -INFINITY;               /* of which exp_ makes exactly 0 */
-    for (int i = end; i < high; i++)
-        s[i] = -INFINITY;
-    float top = largest(s + low, high - low);
-    for (int i = low; i < high; i += 8)
-        for (int j = 0; j < 8; j++)
-            s[i + j] = exp_(s[i + j] - top);
-    eight_floats lanes[2] = { 0 };
-    for (int i = low; i < high; i += 16) {
-        lanes[0] += *(const eight_floats *)(const void *)(s + i);
-        lanes[1] += *(const eight_floats *)(const void *)(s + i + 8);
+    for (int j = 0; j < n; j++) {
+        int first = queries[j].first, end = queries[j].end, low = first / 16 * 16, high = (end + 15) / 16 * 16;
+        for (int i = low; i < high; i++)
+            s[j][i] *= scale;
+        for (int i = first; cap > 0 && i < end; i++)
+            s[j][i] = cap * tanh_(s[j][i] / cap);
+        for (int i = low; i < first; i++)
+            s[j][i] = -INFINITY;        /* of which exp_ makes exactly 0 */
+        for (int i = end; i < high; i++)
+            s[j][i] = -INFINITY;
+        max[j] = largest(s[j] + low, high - low);
     }
-    *max = top;
-    return tree((const float *)lanes);
+    for (int j = 0; j < n; j++)
+        for (int i = queries[j].first / 16 * 16; i < queries[j].end; i += 16)
+            for (int k = 0; k < 16; k++)
+                s[j][i + k] = exp_(s[j][i + k] - max[j]);
+    for (int j = 0; j < n; j++) {
+        eight_floats lanes[2] = { 0 };
+        for (int i = queries[j].first / 16 * 16; i < queries[j].end; i += 16) {
+            lanes[0] += *(const eight_floats *)(const void *)(s[j] + i);
+            lanes[1] += *(const eight_floats *)(const void *)(s[j] + i + 8);
+        }
+        sum[j] = tree((const float *)lanes);
+    }
 }
 
 /* Adds a block's result [hd] to the running one: both are brought to the larger maximum. [N4] */
@@ -2018,8 +2023,9 @@ INLINE uint64_t read_(const uint64_t *words, size_t n)
     static void rope_##set(float *x, const float *t, int pairs, int i) { rope_(x, t, pairs, i); }          \
     static double exp_sum_##set(const float *x, int n, float m, float s) { return exp_sum_(x, n, m, s); }  \
     static uint64_t read_##set(const uint64_t *words, size_t n) { return read_(words, n); }                \
-    static float softmax_##set(float *s, const struct query *q, float scale, float cap, float *max)        \
-    { return softmax_(s, q, scale, cap, max); }                                                            \
+    static void softmax_##set(float s[][64], const struct query *q, int n, float scale, float cap,         \
+                              float *max, float *sum)                                                      \
+    { softmax_(s, q, n, scale, cap, max, sum); }                                                           \
     static void merge_##set(struct query *q, const float *out, float max, float sum, int hd)               \
     { merge_(q, out, max, sum, hd); }
 
@@ -2029,15 +2035,15 @@ INLINE void attend_plainly(struct query *queries, int n, const void *keys, const
                            float scale, float cap, int f32)
 {
     for (struct query *q = queries; q < queries + n; q++) {
-        float s[64] = { 0 }, out[1024], max;
+        float s[1][64] = { 0 }, out[1024], max, sum;
         for (int i = q->first; i < q->end; i++)
             for (int d = 0; d < hd; d++)
-                s[i] = fma_(q->q[d], cached(keys, key_at(i, d, hd), f32), s[i]);
-        float sum = softmax_scalar(s, q, scale, cap, &max);
+                s[0][i] = fma_(q->q[d], cached(keys, key_at(i, d, hd), f32), s[0][i]);
+        softmax_scalar(s, q, 1, scale, cap, &max, &sum);
         for (int d = 0; d < hd; d++) {
             out[d] = 0;
             for (int i = q->first; i < q->end; i++)
-                out[d] = fma_(s[i], cached(values, value_at(i, d, hd), f32), out[d]);
+                out[d] = fma_(s[0][i], cached(values, value_at(i, d, hd), f32), out[d]);
         }
         merge_scalar(q, out, max, sum, hd);
     }
@@ -5930,8 +5936,8 @@ INLINE void SET(attend_some)(struct query *queries, const int n, const void *key
                 *(vf *)(s[j] + i + part * LANES) = acc[j][part];
     }
     int inner = first, outer = end; /* where all n queries see */
+    SET(softmax)(s, queries, n, scale, cap, max, sum);
     for (int j = 0; j < n; j++) {
-        sum[j] = SET(softmax)(s[j], &queries[j], scale, cap, &max[j]);
         inner = queries[j].first > inner ? queries[j].first : inner;
         outer = queries[j].end < outer ? queries[j].end : outer;
     }
