@@ -2422,6 +2422,7 @@ struct pass {
     int n, wanted, observed;
     int kept;                           /* what draft heads want of the layers' inputs */
     int chained;                        /* a draft head's states are what the step before handed on */
+    int unread;                         /* rows stop before the output matrix, in `last` */
     int alone;                          /* every thread prepares all rows, without a barrier */
     int n_tiles;
     struct row rows[CHUNK];
@@ -3037,6 +3038,31 @@ static void mix(struct pass *p, int me)
         note(p, normalize(m, p->x + (size_t)r * dim, p->x + (size_t)r * dim, mix->h_norm, m->config.dim), 0, r);
 }
 
+/* Logits [wanted, vocab] of the rows in p->last. */
+static void read_out(void *context, int me)
+{
+    struct pass *p = context;
+    const struct run_model *m = p->model;
+    const struct config *c = &m->config;
+    for (int j = me; m->has_packed && j < p->wanted; j += p->team->active)
+        note(p, m->kernels->quantize(&p->last, j, 0, 2 * (int)blocks(c->dim)), c->layers, p->wanted_rows[j]);
+    barrier(p->team);
+    if (!p->wanted)
+        return;
+    multiply(p, me, &(struct product){ &m->output, p->logits, (size_t)c->vocab, NULL, 0 }, 1, &p->last);  /* [wanted, vocab] */
+    barrier(p->team);
+    for (size_t i = (size_t)me; (c->logit_scale != 1 || c->logit_cap > 0) && i < (size_t)p->wanted * (size_t)c->vocab;
+         i += (size_t)p->team->active) {
+        float x = p->logits[i] * c->logit_scale;
+        p->logits[i] = c->logit_cap > 0 && fabsf(x) <= FLT_MAX ? c->logit_cap * tanh_(x / c->logit_cap) : x;
+    }
+    if (c->logit_scale != 1 || c->logit_cap > 0)
+        barrier(p->team);
+    for (int j = me; j < p->wanted; j += p->team->active)
+        note(p, not_finite(p->logits + (size_t)j * (size_t)c->vocab, c->vocab), c->layers, p->wanted_rows[j]);
+    mark(p, me, LOGITS);
+}
+
 /* The transformer, as one thread of the team sees it. It runs n rows through all layers; the rows
    are tokens of any sessions at any positions, and none depends on which others are there. */
 static void forward(void *context, int me)
@@ -3112,28 +3138,11 @@ static void forward(void *context, int me)
     for (int r = me; p->observed && r < p->n; r += p->team->active)
         m->kernels->rmsnorm(p->norm.x + (size_t)r * p->norm.stride, p->x + (size_t)r * dim, m->output_norm, c->dim, c->eps);
     observe(p, me, "norm", -1, p->norm.x, p->norm.stride, c->dim);
-    for (int j = me; j < p->wanted; j += p->team->active) {
-        int r = p->wanted_rows[j];
-        note(p, normalize(m, p->last.x + (size_t)j * p->last.stride, p->x + (size_t)r * dim, m->output_norm, c->dim),
-             c->layers, r);
-        if (m->has_packed)
-            note(p, m->kernels->quantize(&p->last, j, 0, 2 * (int)blocks(c->dim)), c->layers, r);
-    }
-    barrier(p->team);
-    if (!p->wanted)
-        return;
-    multiply(p, me, &(struct product){ &m->output, p->logits, (size_t)c->vocab, NULL, 0 }, 1, &p->last);  /* [wanted, vocab] */
-    barrier(p->team);
-    for (size_t i = (size_t)me; (c->logit_scale != 1 || c->logit_cap > 0) && i < (size_t)p->wanted * (size_t)c->vocab;
-         i += (size_t)p->team->active) {
-        float x = p->logits[i] * c->logit_scale;
-        p->logits[i] = c->logit_cap > 0 && fabsf(x) <= FLT_MAX ? c->logit_cap * tanh_(x / c->logit_cap) : x;
-    }
-    if (c->logit_scale != 1 || c->logit_cap > 0)
-        barrier(p->team);
     for (int j = me; j < p->wanted; j += p->team->active)
-        note(p, not_finite(p->logits + (size_t)j * (size_t)c->vocab, c->vocab), c->layers, p->wanted_rows[j]);
-    mark(p, me, LOGITS);
+        note(p, normalize(m, p->last.x + (size_t)j * p->last.stride, p->x + (size_t)p->wanted_rows[j] * dim, m->output_norm,
+                          c->dim), c->layers, p->wanted_rows[j]);
+    if (!p->unread)
+        read_out(p, me);
 }
 
 /* Runs up to CHUNK rows; p->logits then holds those of the wanted ones in order. */
@@ -3571,6 +3580,7 @@ struct prophets {
     int width, from, kept;              /* of a state; positions from .. kept - 1 have theirs there */
     int base;                           /* position of the heads' first row */
     int resting;                        /* they do not promise enough to be kept up to date */
+    int answered;                       /* the length of the timeline for which all of them have been asked together, or 0 */
 };
 
 static void prophets_close(struct prophets *h, int n)
@@ -3640,6 +3650,8 @@ static void prophets_rewind(run_session *s, int position)
     struct prophets *h = s->prophets;
     int rows = h ? position - 1 - h->base : 0; /* the row of t needs the token at t + 1 */
     rows = rows > 0 ? rows : 0;
+    if (h)
+        h->answered = 0;
     for (int i = 0; h && i < s->model->n_heads; i++)
         h->s[i]->length = h->s[i]->length < rows ? h->s[i]->length : rows;
     if (h && rows == 0)
@@ -3697,11 +3709,53 @@ static int catch_up(run_session *s, int i, int end, int wanted)
     return n;
 }
 
-/* What head i proposes after its last pass of n rows, and how sure it is. */
+/* Whether several heads, which do not wait for one another, multiply with the same output matrix. */
+static int share_output(const struct run_model *m)
+{
+    int shared = m->n_heads > 1 && m->heads[0].kind != SERIAL;
+    for (int i = 1; i < m->n_heads; i++)
+        shared &= m->heads[i].model.output.data == m->heads[0].model.output.data;
+    return shared;
+}
+
+/* Asks all heads, with one read of the output matrix: the logits of head i are row i of the first
+   one's pass. Returns -1 if that fails. */
+static int ask_together(run_session *s)
+{
+    struct prophets *h = s->prophets;
+    struct pass *first = h->s[0]->pass;
+    int n = s->model->n_heads, failed = 0;
+    if (h->answered == s->length)
+        return 0;
+    for (int i = 0; i < n && !failed; i++) {
+        struct pass *p = h->s[i]->pass;
+        p->unread = 1;
+        failed = catch_up(s, i, s->length, 1) < 0;
+        p->unread = 0;
+        if (i)
+            memcpy(first->last.x + (size_t)i * first->last.stride, p->last.x, (size_t)p->model->config.dim * sizeof(float));
+        first->wanted_rows[i] = 0;
+    }
+    if (failed)
+        return -1;
+    first->wanted = first->last.n = n;
+    team_run(first->team, first->model->weight_bytes < 4 << 20, read_out, first);
+    h->answered = first->bad ? 0 : s->length;
+    return first->bad ? -1 : 0;
+}
+
+/* [vocab] of head i's last answer. */
+static const float *logits_of_head(const run_session *s, int i)
+{
+    int row = share_output(s->model) ? i : 0;
+    return s->prophets->s[row ? 0 : i]->pass->logits + (size_t)row * (size_t)s->model->heads[i].model.config.vocab;
+}
+
+/* What head i proposes after its last pass, and how sure it is. */
 static int proposal_of(const run_session *s, int i, double *p)
 {
     const struct head *head = &s->model->heads[i];
-    const float *logits = s->prophets->s[i]->pass->logits;
+    const float *logits = logits_of_head(s, i);
     int best = best_of(logits, head->model.config.vocab);
     *p = 1 / head->model.kernels->exp_sum(logits, head->model.config.vocab, logits[best], 1); /* at least one term is 1 */
     return head->rows ? head->rows[best] : best;
@@ -3723,7 +3777,8 @@ static int ask_heads(run_session *s, int at, int before, double *p)
     const struct run_model *m = s->model;
     struct prophets *h = s->prophets;
     if (m->heads[0].kind != SERIAL)
-        return at >= m->n_heads || catch_up(s, at, s->length, 1) < 0 ? -1 : proposal_of(s, at, p);
+        return at >= m->n_heads || (share_output(m) ? ask_together(s) : catch_up(s, at, s->length, 1)) < 0 ? -1 :
+               proposal_of(s, at, p);
     run_session *head = h->s[0];
     if (at == 0) {
         int n = catch_up(s, 0, s->length, 1);

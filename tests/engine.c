@@ -777,7 +777,7 @@ static int heads(const char *path, const char *file, int steps)
             int module = m->heads[0].kind == SERIAL ? 0 : step;
             if (token < 0)
                 die("engine: no proposal at step %d", step);
-            fwrite(s->prophets->s[module]->pass->logits, sizeof(float), (size_t)m->heads[module].model.config.vocab, stdout);
+            fwrite(logits_of_head(s, module), sizeof(float), (size_t)m->heads[module].model.config.vocab, stdout);
         }
         run_session_close(s);
     }
