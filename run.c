@@ -6435,8 +6435,8 @@ static struct options parse_options(int n, char **words)
         o.draft++;                      /* beyond the words: a file */
     FILE *file = draft_names[o.draft] ? NULL : fopen(o.draft_text, "rb");
     if (!draft_names[o.draft] && !file)
-        wrong_usage("--draft takes one of auto, off, lookup, heads, or a file of draft heads or of a smaller model, not \"%s\"",
-                    o.draft_text);
+        wrong_usage("--draft takes one of auto, off, lookup, heads, or a file of draft heads or of a smaller model; \"%s\" is "
+                    "none of the words and cannot be opened: %s", o.draft_text, strerror(errno));
     if (file)
         fclose(file);
     int end = 0;
@@ -7399,7 +7399,8 @@ static int run_batch(struct batch *b, struct slot *slots, int n, run_error *erro
     }
     if (isatty(2))
         fprintf(stderr, "\r%40s\r", "");
-    return interrupted ? fail(error, "interrupted: %d of %d results are written", b->written, b->n) : 0;
+    return !interrupted ? 0 : fail(error, "interrupted: %d of %d results are written%s", b->written, b->n,
+                                   b->o->output && !b->base ? "; the same command goes on from there" : "");
 }
 
 /* Whether a line [n] without its end is the result of a request, as far as it goes; *failed: an error. */
@@ -8385,7 +8386,8 @@ static void check_options(const struct options *o, enum mode mode)
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
         if (rules[i].given && !rules[i].fits)
-            wrong_usage("%s is for %s, and this is %s", rules[i].name, rules[i].where, mode_names[mode]);
+            wrong_usage("%s is for %s, and this is %s", rules[i].name, rules[i].where,
+                        is_batch(o, mode) ? "a file of prompts" : mode_names[mode]);
     if (o->logprobs >= 0 && !o->json)
         wrong_usage("--logprobs needs --json");
     if (o->compare != NOT && o->draft_text)
