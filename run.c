@@ -2422,6 +2422,7 @@ struct pass {
     int n, wanted, observed;
     int kept;                           /* what draft heads want of the layers' inputs */
     int chained;                        /* a draft head's states are what the step before handed on */
+    int guesses;                        /* among the rows */
     int unread;                         /* rows stop before the output matrix, in `last` */
     int alone;                          /* every thread prepares all rows, without a barrier */
     int n_tiles;
@@ -3154,8 +3155,11 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
         p->threads[i].norm.n = p->threads[i].att.n = n;
     p->wanted = p->n_tiles = p->observed = p->kept = 0;
     p->bad = 0;
-    int pieces = p->model->config.kv * ((n + TILE - 1) / TILE), tile = TILE;
-    if (n > 1 && pieces < 4 * p->team->usable && pieces % p->team->usable)
+    size_t bytes = p->model->weight_bytes, little = p->own_team ? 4 << 20 : 1 << 20; /* draft heads find the others awake */
+    size_t all = p->guesses ? 32 << 20 : 2000000;                   /* guesses come and go, and the others fall asleep */
+    int small = bytes < little && (n == 1 || bytes * (size_t)n < all); /* not worth waking others for */
+    int threads = small ? 1 : p->team->usable, pieces = p->model->config.kv * ((n + TILE - 1) / TILE), tile = TILE;
+    if (n > 1 && pieces < 4 * threads && pieces % threads)
         tile = (n < TILE ? n + 1 : TILE) / 2;   /* few pieces of attention would not come out even */
     memcpy(p->rows, rows, (size_t)n * sizeof *rows);
     for (int r = 0; r < n; r++) {
@@ -3169,9 +3173,6 @@ static int run_pass(struct pass *p, const struct row *rows, int n, run_error *er
     }
     p->last.n = p->wanted;
     p->mark = p->timed ? seconds() : 0;
-    size_t bytes = p->model->weight_bytes;
-    int batch = rows[0].session != rows[n - 1].session; /* a steady load, that keeps the others awake; guesses come and go */
-    int small = bytes < 4 << 20 && bytes * (size_t)n < (batch ? 2000000 : 32 << 20); /* not worth waking others for */
     team_run(p->team, small, forward, p);
     if (p->bad) {
         int layer = (p->bad - 1) / CHUNK, position = p->rows[(p->bad - 1) % CHUNK].position;
@@ -4367,7 +4368,9 @@ static int advance(struct generator *const *g, int n, run_error *error)
     }
     for (int i = 0; i < n; i++)
         n_rows += window(g[i], width, rows + n_rows);
+    s->pass->guesses = width > 0;
     int failed = run_pass(s->pass, rows, n_rows, error);
+    s->pass->guesses = 0;
     if (failed && width) {              /* perhaps only a proposal brought this about */
         n_rows = window(g[0], width = 0, rows);
         failed = run_pass(s->pass, rows, n_rows, error);
