@@ -5510,14 +5510,14 @@ static int write_model(const char *out, const struct container *c, struct planne
      LANES       floats in a vector: 4, 8 or 16
      fma_v       a * b + c, rounded once
      halves      LANES half-precision numbers as floats; shifted: LANES bfloat16 ones
-     dot_u4      32 columns: eight vectors of 4-bit weights (one lane = one row, 4 columns each)
-                 times 32 int8 activations, summed exactly
-     dot_u6      the same for 6-bit weights
-     dot_i8      the same for 8-bit weights, with a sign
+     more_u4     STEP columns: vectors of 4-bit weights (one lane = one row, 4 columns each) times
+                 int8 activations, added exactly to a sum; whole_u4 makes such a sum int32
+     more_u6     the same for 6-bit weights, with int32 sums
+     more_i8     the same for 8-bit weights, which have a sign; begin_i8 is what their sum begins with
 
-   A packed kernel keeps one lane per row. It takes a group of 32 columns of its rows into eight
-   registers once, and multiplies them with every token of the tile, so that a token more costs
-   arithmetic but no decoding and no memory.                                                   */
+   A packed kernel keeps one lane per row. It takes STEP columns of its rows into registers once,
+   and multiplies them with every token of the tile, so that a token more costs arithmetic but no
+   decoding and no memory.                                                                     */
 
 #ifdef RUN_KERNELS
 
